@@ -1,0 +1,1 @@
+//! Longspan on CPUs.

@@ -1,0 +1,2 @@
+//! One suite that judges every backend.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The `longspan` program.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Unified sequence parallelism over the hardware layer.
+#![forbid(unsafe_code)]
