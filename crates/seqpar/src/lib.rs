@@ -4,3 +4,4 @@
 pub mod layout;
 pub mod mask;
 pub mod mesh;
+pub mod route;
