@@ -160,11 +160,6 @@ impl Layout {
         self.kind
     }
 
-    /// Distinct steps of all runs, ascending.
-    pub(crate) fn steps(&self) -> &[usize] {
-        &self.steps
-    }
-
     /// Runs of ring rank `ring`, in the order in which its block holds them. None is empty.
     pub fn ring_runs(&self, ring: u32) -> &[Run] {
         self.runs.get(self.runs_of(ring)).unwrap_or_default()

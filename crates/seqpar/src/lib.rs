@@ -18,6 +18,7 @@ pub mod layout;
 pub mod mask;
 pub mod mesh;
 pub mod route;
+<<<<<<< HEAD
 pub mod trace;
 
 mod member;
@@ -44,3 +45,5 @@ pub use route::{Needed, Route, Way};
 pub use trace::{Span, Trace, Work};
 pub use usp::{Gradients, Inputs, OutputRows, Outputs, Usp};
 pub use workspace::Bytes;
+=======
+>>>>>>> layout

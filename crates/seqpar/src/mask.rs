@@ -293,9 +293,9 @@ fn band(q: &Cut, k: &Cut, reach: Reach) -> Result<Option<Slice>> {
 
 /// How far keys may lie before (left) and behind (right) a query.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Reach {
-    pub(crate) left: Option<i64>,
-    pub(crate) right: Option<i64>,
+struct Reach {
+    left: Option<i64>,
+    right: Option<i64>,
 }
 
 impl Reach {

@@ -256,17 +256,17 @@ impl<'a> Needs<'a> {
     /// Whether every ring rank needs `run`.
     ///
     /// The queries that see a key of the run lie between two positions. Ring ranks that have none there show up in two
-    /// comparisons; where only one of the positions cuts anything off, these decide. Otherwise all are asked, the ends first.
+    /// comparisons, which decide where only one of the positions cuts anything off. Otherwise all are asked, the ends first.
     fn all(&self, run: &Run) -> Result<bool> {
-        let (from, to) = self.seen_from(run);
-        if !self.all_have_queries || self.least_last < from || self.greatest_first > to {
+        let seen = self.seen(run);
+        if !self.all_have_queries || self.least_last < seen.from || self.greatest_first > seen.to {
             return Ok(false);
         }
-        if self.mask.documents().is_none() && (from <= 0 || to >= self.q.seq() as i64 - 1) {
+        if seen.dense && (seen.from <= 0 || seen.to >= self.q.seq() as i64 - 1) {
             return Ok(true);
         }
         let ring = self.q.mesh().ring();
-        for rank in [0, ring - 1].into_iter().chain(1..ring - 1) {
+        for rank in [0, ring - 1].into_iter().chain(1..ring.saturating_sub(1)) {
             if !self.one(rank, run)? {
                 return Ok(false);
             }
@@ -274,13 +274,15 @@ impl<'a> Needs<'a> {
         Ok(true)
     }
 
-    /// Positions between which queries may see a key of `run`, both included.
-    fn seen_from(&self, run: &Run) -> (i64, i64) {
+    /// Where queries that see a key of `run` lie.
+    fn seen(&self, run: &Run) -> Seen {
         let (first, last) = (run.start, run.position(run.len - 1));
-        let (mut from, mut to) = (0, self.q.seq() as i64 - 1);
+        let (mut from, mut to, mut one_document) = (0, self.q.seq() as i64 - 1, true);
         if let Some(documents) = self.mask.documents() {
-            from = documents.range(documents.of(first)).start as i64;
-            to = documents.range(documents.of(last)).end as i64 - 1;
+            let (a, b) = (documents.of(first), documents.of(last));
+            from = documents.range(a).start as i64;
+            to = documents.range(b).end as i64 - 1;
+            one_document = a == b;
         }
         let (left, right) = match self.mask.shape() {
             Shape::Full => (None, None),
@@ -288,7 +290,15 @@ impl<'a> Needs<'a> {
             Shape::Causal | Shape::Prefix(_) => (None, Some(0)),
             Shape::Window { left, right } => (left.map(width), right.map(width)),
         };
-        (right.map_or(from, |right| from.max(first as i64 - right)), left.map_or(to, |left| to.min(last as i64 + left)))
+        let without_gaps = match (left, right) {
+            (Some(left), Some(right)) => run.step as i64 <= left + right + 1,
+            _ => true,
+        };
+        Seen {
+            from: right.map_or(from, |right| from.max(first as i64 - right)),
+            to: left.map_or(to, |left| to.min(last as i64 + left)),
+            dense: one_document && without_gaps,
+        }
     }
 
     /// Asks about every pair of blocks where unequal steps could be refused, so that either all ring ranks refuse or none.
@@ -307,4 +317,14 @@ impl<'a> Needs<'a> {
         }
         Ok(())
     }
+}
+
+/// The queries that see a key of one run.
+struct Seen {
+    /// None lies before.
+    from: i64,
+    /// None lies behind.
+    to: i64,
+    /// Whether every query from `from` to `to` does.
+    dense: bool,
 }
