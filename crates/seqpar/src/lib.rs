@@ -4,4 +4,5 @@
 pub mod layout;
 pub mod mask;
 pub mod mesh;
+pub mod picture;
 pub mod route;
