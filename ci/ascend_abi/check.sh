@@ -56,7 +56,7 @@ cann=${ASCEND_HOME_PATH:-${ASCEND_TOOLKIT_HOME:-}}
 if [ -d "$cann/include/aclnnop" ]; then
     emit operators
     grep -oE 'aclnn[A-Za-z0-9]+GetWorkspaceSize' "$work/operators.cpp" | sort -u | while read -r name; do
-        grep -rlE "\b$name\(" "$cann/include/aclnnop" | sed 's/.*/#include "&"/'
+        grep -rlE "\b$name\(" "$cann/include/aclnnop" | sed 's/.*/#include "&"/' || true
     done | sort -u > "$work/all_operators.h"
     flags=(-std=c++17 -fsyntax-only -I "$work" -I "$cann/include" -I "$cann/include/aclnnop")
     gate operators "$work/operators.cpp"

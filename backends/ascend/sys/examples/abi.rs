@@ -82,11 +82,12 @@ fn pointer(p: &Prototype) -> String {
 /// The C++ spelling of a Rust type.
 fn cpp(rust: &str) -> String {
     let rust = rust.trim();
-    if let Some(inner) = rust.strip_prefix("*const ") {
-        return format!("const {}*", cpp(inner));
-    }
-    if let Some(inner) = rust.strip_prefix("*mut ") {
-        return format!("{}*", cpp(inner));
+    if let Some(pointer) = rust.strip_prefix('*').map(str::trim) {
+        let inner = |word| pointer.strip_prefix(word).map(cpp);
+        return inner("const")
+            .map(|t| format!("const {t}*"))
+            .or_else(|| inner("mut").map(|t| format!("{t}*")))
+            .unwrap_or_default();
     }
     match rust {
         "c_char" => "char",

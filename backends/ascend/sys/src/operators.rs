@@ -47,6 +47,8 @@ operators! {
         aclnnFlashAttentionScoreGetWorkspaceSize, aclnnFlashAttentionScore (query: *const aclTensor, key: *const aclTensor, value: *const aclTensor, realShiftOptional: *const aclTensor, dropMaskOptional: *const aclTensor, paddingMaskOptional: *const aclTensor, attenMaskOptional: *const aclTensor, prefixOptional: *const aclIntArray, scaleValue: f64, keepProb: f64, preTokens: i64, nextTokens: i64, headNum: i64, inputLayout: *mut c_char, innerPrecise: i64, sparseMode: i64, softmaxMaxOut: *const aclTensor, softmaxSumOut: *const aclTensor, softmaxOutOut: *const aclTensor, attentionOutOut: *const aclTensor);
         /// Fused attention, backward.
         aclnnFlashAttentionScoreGradGetWorkspaceSize, aclnnFlashAttentionScoreGrad (query: *const aclTensor, keyIn: *const aclTensor, value: *const aclTensor, dy: *const aclTensor, pseShiftOptional: *const aclTensor, dropMaskOptional: *const aclTensor, paddingMaskOptional: *const aclTensor, attenMaskOptional: *const aclTensor, softmaxMaxOptional: *const aclTensor, softmaxSumOptional: *const aclTensor, softmaxInOptional: *const aclTensor, attentionInOptional: *const aclTensor, prefixOptional: *const aclIntArray, scaleValue: f64, keepProb: f64, preTokens: i64, nextTokens: i64, headNum: i64, inputLayout: *mut c_char, innerPrecise: i64, sparseMode: i64, dqOut: *const aclTensor, dkOut: *const aclTensor, dvOut: *const aclTensor, dpseOut: *const aclTensor);
+        /// `out = floor(self / other)`.
+        aclnnFloorDividesGetWorkspaceSize, aclnnFloorDivides (this: *const aclTensor, other: *const aclScalar, out: *mut aclTensor);
         /// `self = src`, whatever their dtypes and strides.
         aclnnInplaceCopyGetWorkspaceSize, aclnnInplaceCopy (selfRef: *mut aclTensor, src: *const aclTensor);
         /// `self = value`.
@@ -65,8 +67,6 @@ operators! {
         aclnnMulsGetWorkspaceSize, aclnnMuls (this: *const aclTensor, other: *const aclScalar, out: *mut aclTensor);
         /// `out = sum(self)` along `dims`.
         aclnnReduceSumGetWorkspaceSize, aclnnReduceSum (this: *const aclTensor, dims: *const aclIntArray, keepDims: bool, dtype: aclDataType, out: *mut aclTensor);
-        /// `out = self >> shiftBits`.
-        aclnnRightShiftGetWorkspaceSize, aclnnRightShift (input: *const aclTensor, shiftBits: *const aclTensor, out: *mut aclTensor);
         /// `out = condition ? self : other`.
         aclnnSWhereGetWorkspaceSize, aclnnSWhere (condition: *const aclTensor, this: *const aclTensor, other: *const aclTensor, out: *mut aclTensor);
         /// `out = self - alpha * other`.
