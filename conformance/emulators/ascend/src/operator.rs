@@ -153,8 +153,9 @@ macro_rules! operator {
         #[unsafe(no_mangle)]
         #[allow(clippy::too_many_arguments)] // the vendor's signature
         pub unsafe extern "C" fn $phase1($($arg: $type,)* size: *mut u64, executor: *mut *mut ::std::ffi::c_void) -> i32 {
+            let make = || $make($($arg),*);
             // SAFETY: by the caller.
-            unsafe { $crate::operator::plan(stringify!($phase2), size, executor, || $make($($arg),*)) }
+            unsafe { $crate::operator::plan(stringify!($phase2), size, executor, make) }
         }
 
         /// Phase 2.
