@@ -31,6 +31,7 @@ pub fn backends() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
 /// if a library is missing.
+#[cfg_attr(not(feature = "cpu"), allow(unused_variables))] // without any backend, nothing is visited
 pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
     let (name, indices) = parse(selector)?;
     match name {
@@ -62,6 +63,7 @@ fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
     Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
 }
 
+#[cfg_attr(not(feature = "cpu"), allow(dead_code))]
 fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
     let all = B::devices()?;
     if indices.is_empty() {

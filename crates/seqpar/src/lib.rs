@@ -18,7 +18,6 @@ pub mod layout;
 pub mod mask;
 pub mod mesh;
 pub mod route;
-<<<<<<< HEAD
 pub mod trace;
 
 mod member;
@@ -45,5 +44,3 @@ pub use route::{Needed, Route, Way};
 pub use trace::{Span, Trace, Work};
 pub use usp::{Gradients, Inputs, OutputRows, Outputs, Usp};
 pub use workspace::Bytes;
-=======
->>>>>>> layout
