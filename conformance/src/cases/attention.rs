@@ -95,7 +95,8 @@ fn options(dtype: DType) -> Vec<Named> {
 
 fn stages(dtype: DType) -> Vec<Named> {
     let mut list = Vec::new();
-    for (gradients, pieces) in [(Gradients::Narrow, 2), (Gradients::Wide, 1), (Gradients::Wide, 4), (Gradients::Add, 3)] {
+    for (gradients, pieces) in [(Gradients::Narrow, 2), (Gradients::Wide, 1), (Gradients::Wide, 4), (Gradients::Add, 3)]
+    {
         let spec = base(dtype).with_sinks(true).with_dropout(Some(0.1)).with_alibi(true);
         let slices = slices::causal(&spec);
         let config = Config { pieces, gradients, dlse: true, ..Config::new(spec, slices) };

@@ -41,7 +41,11 @@ pub struct Round<B: Backend> {
 ///
 /// # Errors
 /// Those of the collective and the device.
-pub fn prepare<B: Backend>(rank: &Rank<B>, group: &B::Collective, messages: &[Message]) -> Result<Prepared<B>, Failure> {
+pub fn prepare<B: Backend>(
+    rank: &Rank<B>,
+    group: &B::Collective,
+    messages: &[Message],
+) -> Result<Prepared<B>, Failure> {
     let (me, mut random) = (group.rank(), Random::new(rank.seed ^ u64::from(group.rank())));
     let (mut sends, mut receives, mut end) = (Vec::new(), Vec::new(), 0);
     for (i, m) in messages.iter().enumerate() {

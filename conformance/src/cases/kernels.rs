@@ -75,7 +75,9 @@ fn dropout_mask<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     for ((b, i, h, j), x) in out.indexed_iter() {
         let (q_pos, k_pos) = (1001 + 3 * i as i64, 77 + 5 * j as i64);
         let keep = philox::keeps(p, values.seed, 5 + b, 3 + h, q_pos, k_pos);
-        check((*x != 0.0) == keep, || format!("batch {b} row {i} head {h} key {j}: kept {}, wanted {keep}", *x != 0.0))?;
+        check((*x != 0.0) == keep, || {
+            format!("batch {b} row {i} head {h} key {j}: kept {}, wanted {keep}", *x != 0.0)
+        })?;
     }
     Ok(())
 }
@@ -98,7 +100,9 @@ fn seed_on_device<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     extras.seed = Some(Seed::Device(&seed));
     let args = Forward::new(&spec, [q, k, v], stage, extras, planned.1.as_ref())?;
     rank.attention.forward(&rank.stream, &planned.0, &args)?;
-    check(rank.read_bytes(&host.out)? == rank.read_bytes(&device.out)?, || "a seed in device memory drops others".into())
+    check(rank.read_bytes(&host.out)? == rank.read_bytes(&device.out)?, || {
+        "a seed in device memory drops others".into()
+    })
 }
 
 /// Forward and backward twice: the same bits.

@@ -6,12 +6,16 @@ use longspan_hal::Backend;
 
 use crate::rank::{Failure, Rank};
 
+pub mod agreement;
 pub mod attention;
 pub mod collective;
 pub mod device;
 pub mod exchange;
 pub mod kernels;
+pub mod pairwise;
+pub mod parallel;
 pub mod problem;
+pub mod seqpar;
 pub mod slices;
 pub mod stream;
 pub mod view;
@@ -116,5 +120,6 @@ pub fn table<B: Backend>(seed: u64) -> Vec<Case<B>> {
     cases.extend(view::cases());
     cases.extend(collective::cases());
     cases.extend(attention::cases(seed));
+    cases.extend(seqpar::cases(seed));
     cases
 }

@@ -1,8 +1,8 @@
 //! One-rank attention problems: what is computed, how it lies in memory, in which calls; run and judged.
 
 use longspan_hal::{
-    Attention, Backend, Backward, DType, Error, Extent, Extras, Forward, Gradient, Partial, Prepare, Seed, Slice, Slices,
-    Spec, Stage, Store, Strided,
+    Attention, Backend, Backward, DType, Device, Error, Extent, Extras, Forward, Gradient, Partial, Prepare, Seed,
+    Slice, Slices, Spec, Stage, Store, Strided,
 };
 use ndarray::{Array4, Axis, s};
 
@@ -206,7 +206,13 @@ impl<B: Backend> Loaded<B> {
     ///
     /// # Errors
     /// Those of the device.
-    pub fn new(rank: &Rank<B>, config: &Config, grid: &Grid, values: &Values, random: &mut Random) -> Result<Self, Failure> {
+    pub fn new(
+        rank: &Rank<B>,
+        config: &Config,
+        grid: &Grid,
+        values: &Values,
+        random: &mut Random,
+    ) -> Result<Self, Failure> {
         let s = &config.spec;
         let [mut q, mut k, mut v] = values.qkv.clone();
         for b in 0..s.batch {
@@ -398,8 +404,8 @@ pub fn backward<B: Backend>(
     for (i, (plan, scratch)) in plans.iter().enumerate() {
         rank.step("backward", i as u32 + 1);
         let store = if i == 0 && config.gradients != Gradients::Add { Store::Write } else { Store::Add };
-        let to = |t: &Tensor<B>| Ok::<_, Error>(Gradient { into: t.view_mut()?, store });
-        let gradients = [to(&tensors[0])?, to(&tensors[1])?, to(&tensors[2])?];
+        let into = [tensors[0].view_mut()?, tensors[1].view_mut()?, tensors[2].view_mut()?];
+        let gradients = into.map(|into| Gradient { into, store });
         let [q, k, v] = [loaded.qkv[0].view()?, loaded.qkv[1].view()?, loaded.qkv[2].view()?];
         let rows = [dout, lse, delta.view()?];
         let args = Backward::new(s, [q, k, v], rows, gradients, loaded.extras(s)?, scratch.as_ref())?;
@@ -492,7 +498,9 @@ pub fn refusal<B: Backend>(rank: &Rank<B>, config: &Config, error: Error) -> Res
         return Err(Failure::wrong(format!("`supports` must say Unsupported, it says: {error}")));
     };
     check(*backend == B::NAME || !backend.is_empty(), || "the refusal does not name the backend".into())?;
-    check(!what.is_empty() && !instead.is_empty(), || format!("the refusal says not what, or not what instead: {error}"))?;
+    check(!what.is_empty() && !instead.is_empty(), || {
+        format!("the refusal says not what, or not what instead: {error}")
+    })?;
     match plan(rank, &config.spec, &config.slices) {
         Err(Error::Unsupported { .. }) => Ok(Failure::Refused(error.to_string())),
         Err(other) => Err(Failure::wrong(format!("`supports` says `{error}`, `plan` says `{other}`"))),

@@ -120,7 +120,7 @@ mod tests {
         fn pieces_select_every_pair_once_with_its_positions(seed: u64, q in 0usize..20, k in 0usize..20, n in 1usize..5) {
             let spec = Spec::new(DType::F32, 2, [q, k], [1, 1], 4);
             let mut random = Random::new(seed);
-            let slices = any(&spec, &mut random);
+            let slices = super::any(&spec, &mut random);
             let whole = Grid::new(&spec, Slices::new(&spec, slices.clone()).expect("allowed").as_slice());
             let grids: Vec<Grid> = pieces(&slices, n, &mut random)
                 .into_iter()
