@@ -78,8 +78,8 @@ impl CpuDevice {
         self.0.options.personality
     }
 
-    /// The backend's name.
-    pub(crate) fn backend(&self) -> &'static str {
+    /// The backend's name, as errors carry it.
+    pub fn backend(&self) -> &'static str {
         self.0.backend
     }
 

@@ -11,21 +11,34 @@
 //! | `stream.rs`, `event.rs` | queues, points in them |
 //! | `table.rs`, `clock.rs` | who touches what now; who came before whom (checked mode) |
 //! | `copy.rs` | strided copies |
+//! | `collective.rs`, `exchange.rs` | communicator; prepared exchanges |
+//! | `group.rs`, `matching.rs`, `round.rs`, `board.rs` | what ranks share: common calls, rounds, the progress board |
 //! | `personality.rs` | imitations of other machines |
 
+mod board;
 mod caps;
 mod clock;
+mod collective;
 mod copy;
 mod device;
 mod event;
+mod exchange;
+mod group;
+mod matching;
 mod memory;
 mod personality;
+mod round;
 mod stream;
 mod sync;
 mod table;
 
+pub use collective::CpuCollective;
 pub use device::{CpuDevice, Options};
 pub use event::CpuEvent;
+pub use exchange::CpuExchange;
 pub use memory::Buffer;
 pub use personality::Personality;
 pub use stream::CpuStream;
+
+#[cfg(test)]
+mod tests;

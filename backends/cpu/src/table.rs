@@ -154,6 +154,12 @@ impl Table {
         lock(&self.0).active.retain(|a| a.id != id);
     }
 
+    /// How many accesses are remembered.
+    #[cfg(test)]
+    pub(crate) fn remembered(&self) -> usize {
+        lock(&self.0).last.len()
+    }
+
     /// Forgets everything about the handle `block`, which is dropped.
     pub(crate) fn forget(&self, block: u64) {
         lock(&self.0).last.retain(|l| l.touch.block != block);
