@@ -1,1 +1,3 @@
 //! Longspan on CPUs.
+
+mod attention;
