@@ -1,9 +1,11 @@
 //! Attention on CPU cores (being built).
+mod backward;
 mod exp;
 mod forward;
 mod pack;
 mod philox;
 mod plan;
+mod prepare;
 mod simd;
 
 /// Query rows of a block: a multiple of every register tile's rows.

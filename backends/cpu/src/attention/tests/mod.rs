@@ -1,75 +1,24 @@
 //! The kernels on plain memory, against the oracle.
 
+mod backward;
 mod bench;
 mod forward;
+mod memory;
 mod oracle;
 
 use std::sync::Arc;
 
-use longspan_hal::{DType, Slice, Slices, Spec, Strided};
+use longspan_hal::{DType, Slice, Slices, Spec, Store, Strided};
 use proptest::prelude::*;
 
+use self::memory::{Memory, strided};
 use self::oracle::{Arithmetic, Inputs, Results};
+use super::backward::Backward;
 use super::forward::{Forward, Options};
-use super::pack::Tensor;
 use super::philox::Dropout;
 use super::plan::Plan;
+use super::prepare::Prepare;
 use super::simd::Kernels;
-
-/// Memory of one tensor; what it does not name is NaN.
-struct Memory {
-    words: Vec<u64>,
-    at: Strided,
-}
-
-impl Memory {
-    fn new(at: Strided) -> Self {
-        Self { words: vec![u64::MAX; at.byte_range().end / 8 + 1], at }
-    }
-
-    /// A tensor with `values`, laid out by `layout`.
-    fn with(dtype: DType, extent: [usize; 4], layout: usize, values: &[f64]) -> Self {
-        let mut this = Self::new(strided(dtype, extent, layout));
-        this.rows(|t, row, i| {
-            let n = extent[3];
-            t.store(row, &values[i * n..][..n].iter().map(|x| *x as f32).collect::<Vec<_>>());
-        });
-        this
-    }
-
-    fn rows(&mut self, mut f: impl FnMut(&Tensor, [usize; 3], usize)) {
-        let t = self.tensor();
-        let [b, s, h, _] = self.at.extent();
-        for i in 0..b * s * h {
-            f(&t, [i / (s * h), i / h % s, i % h], i);
-        }
-    }
-
-    fn tensor(&mut self) -> Tensor {
-        // SAFETY: the words hold the elements of `at`; tests keep the memory until the call ran, and don't share it.
-        unsafe { Tensor::new(self.words.as_mut_ptr().cast(), self.at) }
-    }
-
-    fn values(&mut self) -> Vec<f64> {
-        let mut all = Vec::new();
-        let mut row_of = vec![0.0; self.at.extent()[3]];
-        self.rows(|t, row, _| {
-            t.load(Kernels::detect(), row, &mut row_of);
-            all.extend(row_of.iter().map(|x| f64::from(*x)));
-        });
-        all
-    }
-}
-
-/// Dense BSHD, BHSD, or with gaps and an offset (as a part of packed QKV).
-fn strided(dtype: DType, extent: [usize; 4], layout: usize) -> Strided {
-    let [_, s, h, d] = extent;
-    match layout % 3 {
-        0 => Strided::dense(dtype, extent),
-        1 => Strided::dense_bhsd(dtype, extent),
-        _ => Strided::new(dtype, 3 * d + 5, extent, [s * 3 * h * d + 7, 3 * h * d, d, 1]).expect("nested"),
-    }
-}
 
 fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f64> {
     let normal = |i: u64| {
@@ -102,29 +51,23 @@ fn inputs(spec: &Spec, slices: Vec<Slice>, seed: u64) -> Inputs {
     }
 }
 
-/// Band lists: a few query stretches, each with a few key ranges.
+/// Band lists: a few query stretches, each with a few key ranges, with positions near those of the queries.
 fn slices(batch: usize, q_rows: usize, k_rows: usize) -> impl Strategy<Value = Vec<Slice>> {
-    let stretch = (0..batch as u32, prop::collection::vec((0u32..200, 0u32..200, band(), 0i64..5000, 1i64..6), 1..4));
+    let keys = prop::collection::vec((0u32..40, 0u32..150, band(), 0i64..100, 1i64..6), 1..4);
+    let stretch = (0..batch as u32, 0i64..5000, keys);
     let q_cuts = prop::collection::vec(0..=q_rows as u32, 2..5);
     (prop::collection::vec(stretch, 5), q_cuts).prop_map(move |(stretches, mut cuts)| {
         cuts.sort_unstable();
         let mut list = Vec::new();
-        for (q, (b, keys)) in cuts.windows(2).zip(stretches) {
+        for (q, (b, q_pos, keys)) in cuts.windows(2).zip(stretches) {
             let mut from = 0u32;
-            for (skip, len, (lo, hi), pos, step) in keys {
-                let start = (from + skip % 40).min(k_rows as u32);
+            for (skip, len, (lo, hi), back, step) in keys {
+                let start = (from + skip).min(k_rows as u32);
                 let end = (start + len).min(k_rows as u32);
                 from = end;
-                let slice = Slice {
-                    lo,
-                    hi,
-                    q_pos: pos,
-                    k_pos: pos / 2,
-                    q_step: step,
-                    k_step: step,
-                    ..Slice::full(b, q[0]..q[1], start..end)
-                };
-                list.push(slice);
+                let k_pos = (q_pos - back).max(0);
+                let full = Slice::full(b, q[0]..q[1], start..end);
+                list.push(Slice { lo, hi, q_pos, k_pos, q_step: step, k_step: step, ..full });
             }
         }
         list
@@ -143,7 +86,7 @@ fn band() -> impl Strategy<Value = (i64, i64)> {
 fn spec() -> impl Strategy<Value = Spec> {
     let dims =
         prop_oneof![Just((64, 64)), (1usize..80, 1usize..80), Just((192, 128)), (1usize..=256).prop_map(|d| (d, d))];
-    let shape = (1usize..3, 1usize..210, 1usize..400, dims, 0usize..3);
+    let shape = (1usize..3, 1usize..150, 1usize..300, dims, 0usize..3);
     let heads = (0usize..5, 1usize..6, 1usize..5, 0usize..3);
     let options = (
         prop::option::of(2.0f32..30.0),
@@ -258,6 +201,65 @@ impl Loaded {
             call.run();
         }
         (out.values(), lse.values())
+    }
+
+    /// delta and dsinks.
+    fn prepare(&mut self, kernels: &'static Kernels, out: &[f64], lse: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let s = self.spec.clone();
+        let mut out = Memory::with(s.dtype, self.wide(s.dtype).at.extent(), 0, out);
+        let mut lse = Memory::with(DType::F32, self.thin().at.extent(), 1, lse);
+        let mut delta = self.thin();
+        let mut dsinks = Memory::new(Strided::dense(DType::F32, [1, 1, s.heads, 1]));
+        let call = Prepare {
+            kernels,
+            head_first: s.head_first,
+            out: out.tensor(),
+            dout: self.dout.tensor(),
+            lse: lse.tensor(),
+            dlse: Some(self.dlse.tensor()),
+            delta: delta.tensor(),
+            sinks: s.sinks.then(|| [self.sinks.tensor(), dsinks.tensor()]),
+        };
+        call.run();
+        (delta.values(), if s.sinks { dsinks.values() } else { vec![0.0; s.heads] })
+    }
+
+    /// dq, dk, dv, stored in `dtype`, added to `before` if given.
+    fn backward(
+        &mut self,
+        kernels: &'static Kernels,
+        plan: &Arc<Plan>,
+        [lse, delta]: [&[f64]; 2],
+        dtype: DType,
+        before: Option<f64>,
+    ) -> [Vec<f64>; 3] {
+        let mut rows = [lse, delta].map(|x| Memory::with(DType::F32, self.thin().at.extent(), self.layout, x));
+        let extents = [self.q.at.extent(), self.k.at.extent(), self.v.at.extent()];
+        let mut gradients = extents.map(|e| match before {
+            Some(x) => Memory::with(dtype, e, self.layout + 1, &vec![x; e.iter().product()]),
+            None => Memory::new(strided(dtype, e, self.layout + 1)),
+        });
+        let mut sum = Memory::new(Strided::dense(DType::F32, extents[0]));
+        let store = if before.is_some() { Store::Add } else { Store::Write };
+        let [lse, delta] = rows.each_mut().map(Memory::tensor);
+        let [dq, dk, dv] = gradients.each_mut().map(|g| (g.tensor(), store));
+        let call = Backward {
+            plan: plan.clone(),
+            kernels,
+            q: self.q.tensor(),
+            k: self.k.tensor(),
+            v: self.v.tensor(),
+            dout: self.dout.tensor(),
+            lse,
+            delta,
+            options: self.options(),
+            dq,
+            dk,
+            dv,
+            dq_sum: (dtype != DType::F32).then(|| sum.tensor()),
+        };
+        call.run();
+        gradients.map(|mut g| g.values())
     }
 }
 
