@@ -1,5 +1,6 @@
 //! A backend ties a device, a collective and an attention together under one name.
 
+use std::fmt::Debug;
 use std::time::Duration;
 
 use crate::{Attention, Collective, Device, Result};
@@ -32,7 +33,7 @@ pub struct GroupId(
 );
 
 /// One vendor.
-pub trait Backend: Sized + Send + Sync + 'static {
+pub trait Backend: Sized + Debug + Send + Sync + 'static {
     /// The name that `--backend` takes.
     const NAME: &'static str;
 

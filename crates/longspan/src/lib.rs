@@ -1,2 +1,48 @@
-//! Exact attention over sequences that do not fit one accelerator.
+//! Longspan: exact attention over sequences that do not fit one accelerator.
+//!
+//! Unified sequence parallelism (DeepSpeed-Ulysses x ring attention), forward and backward, on the backend that a cargo
+//! feature selects. Three ways in, from the simplest:
+//!
+//! - [`on_ranks`] starts the ranks of a mesh in this process and gives each an [`Engine`], which works on host tensors:
+//!
+//! ```
+//! use longspan::{DType, Layout, Mask, Mesh, Placement, Problem, Tensor};
+//!
+//! fn main() -> longspan::Result<()> {
+//!     let extent = [1, 64, 4, 16]; // batch, seq, heads, head_dim
+//!     let mesh = Mesh::new(2, 2, Placement::UlyssesInner)?; // 2 Ulysses x 2 ring ranks
+//!     let layout = Layout::zigzag(64, &mesh); // balances causal work
+//!     let problem = Problem::new(DType::F32, 1, [4, 4], 16).with_backward(true);
+//!     let [q, k, v, dout] = [1, 2, 3, 4].map(|seed| Tensor::normal(DType::F32, extent, seed));
+//!
+//!     let ranks = longspan::on_ranks("cpu", &mesh, |engine| {
+//!         let mine = |whole: &Tensor| whole.shard(&layout, engine.rank());
+//!         let (q, k, v, dout) = (mine(&q)?, mine(&k)?, mine(&v)?, mine(&dout)?);
+//!         engine.prepare(&problem, [&layout, &layout], &Mask::causal())?;
+//!         let forward = engine.forward([&q, &k, &v], &Default::default())?;
+//!         let gradients = engine.backward(&dout, None)?;
+//!         Ok((forward.out, gradients.dq))
+//!     })?;
+//!
+//!     let (outs, dqs): (Vec<_>, Vec<_>) = ranks.into_iter().unzip();
+//!     assert_eq!(Tensor::unshard(&layout, &outs)?.extent(), extent);
+//!     assert_eq!(Tensor::unshard(&layout, &dqs)?.extent(), extent);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! - `longspan_seqpar::Usp` works on device views of one backend, on the caller's stream: what a framework embeds.
+//! - `longspan_hal` has the traits that a new backend implements.
 #![forbid(unsafe_code)]
+
+mod engine;
+mod ranks;
+mod select;
+mod tensor;
+
+pub use engine::{DeviceReport, Engine, Extra, Forwarded, Gradients, SpanReport};
+pub use longspan_hal::{Caps, DType, DeviceInfo, Error, Extent, Memory, Result, Step};
+pub use longspan_seqpar::{Bytes, Coords, Documents, Layout, Mask, Mesh, Placement, Plan, Problem, Run, Traffic, Work};
+pub use ranks::{DEFAULT_LIMIT, on_ranks, on_ranks_within, spawn};
+pub use select::{Visit, backends, select};
+pub use tensor::Tensor;

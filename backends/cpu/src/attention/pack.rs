@@ -40,11 +40,6 @@ impl Tensor {
         self.at.extent()
     }
 
-    /// Element type.
-    pub fn dtype(&self) -> DType {
-        self.at.dtype()
-    }
-
     /// Address of the first element of row `[batch, seq, head]`.
     fn row<T>(&self, [b, s, h]: [usize; 3]) -> *mut T {
         let [nb, ns, nh, nd] = self.at.extent();

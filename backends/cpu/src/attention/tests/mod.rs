@@ -2,6 +2,8 @@
 
 mod backward;
 mod bench;
+mod device;
+mod exact;
 mod forward;
 mod memory;
 mod oracle;

@@ -1,0 +1,82 @@
+//! Backends by name. A backend is a type; a visitor is called with the one that a name selects.
+
+use longspan_hal::{Backend, DeviceInfo, Error, Result};
+
+/// Code that runs on whichever backend was selected.
+pub trait Visit {
+    /// What it returns.
+    type Output;
+
+    /// Called with the selected backend; `devices` are the selected ones, in the order given.
+    ///
+    /// # Errors
+    /// The visitor's own.
+    fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Self::Output>;
+}
+
+/// Names of the backends that were compiled in.
+pub fn backends() -> Vec<&'static str> {
+    #[allow(unused_mut)] // no backend, no push
+    let mut names = Vec::new();
+    #[cfg(feature = "cpu")]
+    {
+        use longspan_cpu::{Cpu, CpuAscendLike, CpuChecked, CpuNcclLike, CpuPush};
+        names.extend([Cpu::NAME, CpuChecked::NAME, CpuNcclLike::NAME, CpuPush::NAME, CpuAscendLike::NAME]);
+    }
+    names
+}
+
+/// Calls `visitor` with the backend that `selector` names: `NAME`, or `NAME:INDEX[,INDEX...]` to choose devices.
+///
+/// # Errors
+/// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
+/// if a library is missing.
+#[cfg_attr(not(feature = "cpu"), allow(unused_variables))] // without any backend, nothing is visited
+pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
+    let (name, indices) = parse(selector)?;
+    match name {
+        #[cfg(feature = "cpu")]
+        "cpu" => open::<longspan_cpu::Cpu, V>(&indices, visitor),
+        #[cfg(feature = "cpu")]
+        "cpu-ascend-like" => open::<longspan_cpu::CpuAscendLike, V>(&indices, visitor),
+        #[cfg(feature = "cpu")]
+        "cpu-checked" => open::<longspan_cpu::CpuChecked, V>(&indices, visitor),
+        #[cfg(feature = "cpu")]
+        "cpu-nccl-like" => open::<longspan_cpu::CpuNcclLike, V>(&indices, visitor),
+        #[cfg(feature = "cpu")]
+        "cpu-push" => open::<longspan_cpu::CpuPush, V>(&indices, visitor),
+        _ => Err(Error::invalid(
+            "backend",
+            format!(
+                "{name:?} is not compiled in; this build has {}. Others are cargo features of longspan",
+                backends().join(", ")
+            ),
+        )),
+    }
+}
+
+fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
+    let Some((name, list)) = selector.split_once(':') else {
+        return Ok((selector, Vec::new()));
+    };
+    let bad = |_| Error::invalid("backend", format!("{list:?} is not a list of device indices such as 0,1"));
+    Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
+}
+
+#[cfg_attr(not(feature = "cpu"), allow(dead_code))]
+fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
+    let all = B::devices()?;
+    if indices.is_empty() {
+        return visitor.visit::<B>(all);
+    }
+    let chosen = indices
+        .iter()
+        .map(|i| {
+            all.iter().find(|d| d.index == *i).cloned().ok_or_else(|| {
+                let have: Vec<String> = all.iter().map(|d| d.index.to_string()).collect();
+                Error::invalid("backend", format!("{} has no device {i}, it has {}", B::NAME, have.join(", ")))
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    visitor.visit::<B>(chosen)
+}

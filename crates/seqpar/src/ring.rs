@@ -1,0 +1,275 @@
+//! Ring attention over (acc, m, l) partials, forward and backward (Liu et al., 2310.01889; the travelling gradients as in
+//! its section 3, the order of exchange and compute is ours).
+//!
+//! Ring rank `r` attends at step `t` with the block of `r - t`, for `t = 0 .. R`. A run of keys that every ring rank needs
+//! *hops*: rank `r` hands what it holds to `r + 1`. A run that only some need goes *direct*, owner to needer, and its
+//! gradient goes straight home. What no one needs does not move.
+//!
+//! ```text
+//! forward                                          backward
+//! for t in 0..R:                                   for t in 0..R:
+//!     transfer: hop(t + 1)      beside                 transfer: hop(t + 1)
+//!     compute:  wait hop(t)                            compute:  wait hop(t)
+//!               attend(q, kv(t))                                 dq += ..; fresh = dk, dv of block(t)
+//!               Start | Continue | Finish                        wait ret(t - 1)
+//!                                                                fresh += travel    (hop runs: the sum so far)
+//!                                                                home  += came home (direct runs)
+//!                                                      transfer: ret(t): fresh hop runs -> r + 1
+//!                                                                        fresh direct runs -> block(t)
+//!                                                  after ret(R - 1) the hop runs of the own block are in `travel`
+//! ```
+//!
+//! `fresh` is computed while the previous sum still travels: adding in place would serialise the ring. At `t = 0` the fresh
+//! gradient is that of the own block, `home`.
+
+use longspan_hal::{
+    Attention, Backend, Backward, Extras, Forward, Gradient, Partial, Result, Stage, Store, View, ViewMut,
+};
+
+use crate::Way;
+use crate::message::Prepared;
+use crate::ring_layout::{self, GradientLayout, Pair, RingLayout, runs, shaped};
+use crate::run::{Event, Run};
+
+/// The ring of one pass: its layout, its exchanges, and the kernels' plans, by head group and step.
+#[derive(Debug)]
+pub(crate) struct Ring<B: Backend> {
+    pub layout: RingLayout,
+    pub hops: Vec<Vec<Prepared<B>>>,
+    pub returns: Vec<Vec<Prepared<B>>>,
+}
+
+/// Kernel plans by head group and step.
+pub(crate) type KernelPlans<B> = Vec<Vec<<<B as Backend>::Attention as Attention<<B as Backend>::Device>>::Plan>>;
+
+/// One ring in flight over all head groups: which received K/V slot is read until when.
+pub(crate) struct Circling<'a, 'r, B: Backend> {
+    run: &'a Run<'r, B>,
+    ring: Option<&'a Ring<B>>,
+    plans: &'a KernelPlans<B>,
+    read_until: Vec<Option<Event<B>>>,
+}
+
+impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
+    pub fn new(run: &'a Run<'r, B>, ring: Option<&'a Ring<B>>, plans: &'a KernelPlans<B>) -> Self {
+        Self { run, ring, plans, read_until: vec![None, None] }
+    }
+
+    /// The forward of head group `g`: attends with the own block and with every block that comes round. `travelling` queues
+    /// what the next head group needs, behind the last hop.
+    pub fn forward(
+        &mut self,
+        g: usize,
+        [q, k, v]: [View<'_, B::Device>; 3],
+        [out, lse]: [ViewMut<'_, B::Device>; 2],
+        extras: Extras<'_, B::Device>,
+        travelling: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let (run, steps) = (self.run, self.run.plan.legs.len());
+        let mut arrived = None;
+        for t in 0..steps {
+            let next = if t + 1 < steps { Some(self.hop(g, t + 1, [k, v])?) } else { None };
+            if next.is_none() {
+                travelling()?;
+            }
+            run.wait(run.compute, arrived.as_ref())?;
+            let stage = match self.partial(g)? {
+                None => Stage::All { out, lse },
+                Some(partial) if t == 0 => Stage::Start(partial),
+                Some(partial) if t + 1 == steps => Stage::Finish { partial, out, lse },
+                Some(partial) => Stage::Continue(partial),
+            };
+            let idle = run.plan.legs[t].slices.is_empty() && matches!(stage, Stage::Continue(_));
+            if !idle && ring_layout::q_heads(run.plan, g) > 0 {
+                let [k, v] = self.block(g, t, [k, v])?;
+                let spec = run.plan.spec(g, t);
+                let args = Forward::new(&spec, [q, k, v], stage, extras, run.scratch)?;
+                run.compute("attention forward", g * steps + t, || {
+                    run.member.attention.forward(run.compute, &self.plans[g][t], &args)
+                })?;
+            }
+            self.read(t)?;
+            arrived = next;
+        }
+        Ok(())
+    }
+
+    /// The backward of head group `g` into `[dq, dk, dv]`, which are rounded once. dq is summed in f32 in `accumulator`
+    /// where there is one.
+    pub fn backward(
+        &mut self,
+        g: usize,
+        inputs: [View<'_, B::Device>; 3],
+        rows: [View<'_, B::Device>; 3],
+        results: [ViewMut<'_, B::Device>; 3],
+        accumulator: Option<ViewMut<'_, B::Device>>,
+        extras: Extras<'_, B::Device>,
+        travelling: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let (run, steps) = (self.run, self.run.plan.legs.len());
+        let [q, k, v] = inputs;
+        let dq = accumulator.unwrap_or(results[0]);
+        let (mut arrived, mut returned) = (None, None);
+        for t in 0..steps {
+            let next = if t + 1 < steps { Some(self.hop(g, t + 1, [k, v])?) } else { None };
+            if next.is_none() {
+                travelling()?;
+            }
+            run.wait(run.compute, arrived.as_ref())?;
+            let leg = &run.plan.legs[t];
+            let idle = leg.slices.is_empty() && leg.needed.is_empty() && t > 0;
+            if !idle && ring_layout::q_heads(run.plan, g) > 0 {
+                let [k, v] = self.block(g, t, [k, v])?;
+                let [dk, dv] = self.fresh(g, t)?.unwrap_or([results[1], results[2]]);
+                let store = if t == 0 { Store::Write } else { Store::Add };
+                let gradients = [
+                    Gradient { into: dq, store },
+                    Gradient { into: dk, store: Store::Write },
+                    Gradient { into: dv, store: Store::Write },
+                ];
+                let spec = run.plan.spec(g, t);
+                let args = Backward::new(&spec, [q, k, v], rows, gradients, extras, run.scratch)?;
+                run.compute("attention backward", g * steps + t, || {
+                    run.member.attention.backward(run.compute, &self.plans[g][t], &args)
+                })?;
+            }
+            self.read(t)?;
+            if let Some((ring, gradients)) = self.gradients() {
+                run.wait(run.compute, returned.as_ref())?;
+                if t > 0 {
+                    self.add_travelled(gradients, g, t)?;
+                    self.add_came_home(gradients, g, t - 1)?;
+                }
+                run.order(run.compute, run.transfer)?;
+                let sources = self.fresh(g, t)?.map(|pair| pair.map(|x| x.read()));
+                returned = Some(run.exchange(&ring.returns[g][t], sources.as_ref().map_or(&[], |s| s))?);
+            }
+            arrived = next;
+        }
+        if let Some((_, gradients)) = self.gradients() {
+            run.wait(run.compute, returned.as_ref())?;
+            self.add_came_home(gradients, g, steps - 1)?;
+            self.round_home(gradients, g, [results[1], results[2]])?;
+        }
+        if let Some(sum) = accumulator {
+            run.accumulate(run.compute, results[0], &[sum.read()])?;
+        }
+        Ok(())
+    }
+
+    fn gradients(&self) -> Option<(&'a Ring<B>, &'a GradientLayout)> {
+        let ring = self.ring?;
+        Some((ring, ring.layout.gradients.as_ref()?))
+    }
+
+    /// Queues hop `t`: its slot is free once the attention that read it last is done.
+    fn hop(&mut self, g: usize, t: usize, own: [View<'_, B::Device>; 2]) -> Result<Event<B>> {
+        let run = self.run;
+        let Some(ring) = self.ring else {
+            return run.record(run.transfer);
+        };
+        let slot = (t - 1) % ring.layout.kv.len();
+        run.wait(run.transfer, self.read_until[slot].as_ref())?;
+        let held = self.block(g, t - 1, own)?;
+        run.exchange(&ring.hops[g][t], &[held[0], held[1], own[0], own[1]])
+    }
+
+    /// Notes that everything that reads the block of step `t` is queued.
+    fn read(&mut self, t: usize) -> Result<()> {
+        if let (Some(ring), true) = (self.ring, t > 0) {
+            self.read_until[(t - 1) % ring.layout.kv.len()] = Some(self.run.record(self.run.compute)?);
+        }
+        Ok(())
+    }
+
+    /// K and V of the block of step `t`.
+    fn block<'b>(&self, g: usize, t: usize, own: [View<'b, B::Device>; 2]) -> Result<[View<'b, B::Device>; 2]>
+    where
+        'a: 'b,
+    {
+        match self.ring {
+            Some(ring) if t > 0 => {
+                let pair = &ring.layout.kv[(t - 1) % ring.layout.kv.len()];
+                let [k, v] = shaped(self.run.plan, pair, g, self.run.plan.legs[t].rows)?;
+                Ok([self.run.workspace.view(&k)?, self.run.workspace.view(&v)?])
+            }
+            _ => Ok(own),
+        }
+    }
+
+    fn partial(&self, g: usize) -> Result<Option<Partial<'a, B::Device>>> {
+        let Some(regions) = self.ring.and_then(|r| r.layout.partial.as_ref()) else {
+            return Ok(None);
+        };
+        let heads = ring_layout::q_heads(self.run.plan, g);
+        let view = |i: usize| {
+            let [batch, rows, _, dim] = regions[i].at.extent();
+            self.run.workspace.view_mut(&regions[i].with_extent([batch, rows, heads, dim])?)
+        };
+        Ok(Some(Partial { acc: view(0)?, m: view(1)?, l: view(2)? }))
+    }
+
+    fn pair(&self, pair: &Pair, g: usize, rows: usize) -> Result<[ViewMut<'a, B::Device>; 2]> {
+        let [k, v] = shaped(self.run.plan, pair, g, rows)?;
+        Ok([self.run.workspace.view_mut(&k)?, self.run.workspace.view_mut(&v)?])
+    }
+
+    /// Where dk and dv of step `t` are computed; `None` where they go straight into the results.
+    fn fresh(&self, g: usize, t: usize) -> Result<Option<[ViewMut<'a, B::Device>; 2]>> {
+        let Some((_, gradients)) = self.gradients() else {
+            return Ok(None);
+        };
+        let pair = if t == 0 { &gradients.home } else { &gradients.fresh[(t - 1) % gradients.fresh.len()] };
+        self.pair(pair, g, self.run.plan.legs[t].rows).map(Some)
+    }
+
+    /// `fresh(t) += travel`, in the hop runs of the block of step `t`.
+    fn add_travelled(&self, gradients: &GradientLayout, g: usize, t: usize) -> Result<()> {
+        let leg = &self.run.plan.legs[t];
+        let Some(fresh) = self.fresh(g, t)? else {
+            return Ok(());
+        };
+        for n in runs(&leg.needed, Way::Hop) {
+            let travel = self.pair(&gradients.travel, g, leg.rows)?;
+            for (sum, part) in fresh.iter().zip(travel) {
+                let sum = sum.narrow(1, n.rows.clone())?;
+                self.run.accumulate(self.run.compute, sum, &[sum.read(), part.narrow(1, n.rows.clone())?.read()])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `home += came_home`, in the direct runs that came back after step `t`.
+    fn add_came_home(&self, gradients: &GradientLayout, g: usize, t: usize) -> Result<()> {
+        let own = self.run.plan.k_block();
+        let asked = &self.run.plan.legs[t].asked;
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let home = self.pair(&gradients.home, g, own)?;
+        let came = self.pair(&gradients.came_home, g, own)?;
+        for n in asked {
+            for (sum, part) in home.iter().zip(&came) {
+                let sum = sum.narrow(1, n.rows.clone())?;
+                self.run.accumulate(self.run.compute, sum, &[sum.read(), part.narrow(1, n.rows.clone())?.read()])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rounds the own block's dk and dv: hop runs came round in `travel`, direct runs are in `home`.
+    fn round_home(&self, gradients: &GradientLayout, g: usize, into: [ViewMut<'_, B::Device>; 2]) -> Result<()> {
+        let own = self.run.plan.k_block();
+        for n in &self.run.plan.legs[0].needed {
+            let from = match n.way {
+                Way::Direct => self.pair(&gradients.home, g, own)?,
+                Way::Hop => self.pair(&gradients.travel, g, own)?,
+            };
+            for (sum, part) in into.iter().zip(from) {
+                let (sum, part) = (sum.narrow(1, n.rows.clone())?, part.narrow(1, n.rows.clone())?);
+                self.run.accumulate(self.run.compute, sum, &[part.read()])?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,330 @@
+//! Routes follow masks: which run travels when, from whom to whom.
+//!
+//! The unit of transfer is a run of a ring rank's K/V block. With `n(r, o, i)` true where some query of ring rank `r` sees
+//! some key of run `i` of ring rank `o` (decided by interval arithmetic, see `mask.rs`):
+//!
+//! ```text
+//! way(o, i) = Hop      if n(r, o, i) for every r:   it hops round the ring, r -> r + 1, one hop a step
+//!             Direct   otherwise:                   the owner sends it to each r that needs it
+//!
+//! forward, ring rank r, block(t) = r - t mod R:
+//!     for t in 0..R:
+//!         if t > 0:  receive the Hop runs of block(t) from r - 1, its Direct runs from block(t) itself
+//!                    send the Hop runs of block(t - 1) to r + 1, and asked(t), own Direct runs, to r + t
+//!         attend with needed(t)
+//! backward, in addition, after attending at step t:
+//!     send the sums of the gradients of the Hop runs of block(t) to r + 1     (home after step R - 1)
+//!     if t > 0:  send the gradients of the Direct runs of block(t) to block(t), which receives asked(t)'s from r + t
+//! ```
+//!
+//! Every rank derives its view from the same layouts and mask, so what one sends is what another expects. What no one needs
+//! does not travel, and there are no empty runs.
+
+use std::ops::Range;
+
+use longspan_hal::{Error, Result};
+
+use crate::layout::{Layout, Run};
+use crate::mask::{Mask, Shape, width};
+
+/// How a run gets from its owner to those who need it.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Way {
+    /// From the owner to each ring rank that needs it; gradients go straight home.
+    Direct,
+    /// Round the ring, since every ring rank needs it; sums of gradients travel behind it.
+    Hop,
+}
+
+/// A run that a ring rank attends with.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct Needed {
+    /// Index of the run in its owner's list, [`Layout::ring_runs`].
+    pub run: usize,
+    /// Its rows in the owner's block.
+    pub rows: Range<usize>,
+    /// How it travels.
+    pub way: Way,
+}
+
+/// One message between ring ranks: `(step, from, to, rows)`.
+pub type Transfer = (u32, u32, u32, usize);
+
+/// What one ring rank computes with, receives and sends at each step.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Route {
+    rank: u32,
+    ring: u32,
+    needed: Steps,
+    asked: Steps,
+}
+
+impl Route {
+    /// The route of ring rank `ring_rank`: its queries lie as `q` says, keys and values as `k` says.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the layouts have unequal ring sizes, there is no such ring rank, or as [`Mask::slices`]; the
+    /// same error on every ring rank.
+    pub fn new(mask: &Mask, q: &Layout, k: &Layout, ring_rank: u32) -> Result<Self> {
+        let ring = q.mesh().ring();
+        if k.mesh().ring() != ring {
+            let why = format!("queries on {ring} ring ranks, keys on {}", k.mesh().ring());
+            return Err(Error::invalid("layout", why));
+        }
+        if ring_rank >= ring {
+            return Err(Error::invalid("ring rank", format!("{ring_rank} of {ring}")));
+        }
+        mask.check(q.seq(), k.seq())?;
+        let needs = Needs::new(mask, q, k);
+        needs.check_steps()?;
+        let own = needs.block(ring_rank, |_| Ok(true))?;
+        let direct: Vec<Needed> = own.iter().filter(|run| run.way == Way::Direct).cloned().collect();
+        let (mut needed, mut asked) = (Steps::default(), Steps::default());
+        needed.push(own);
+        asked.push(Vec::new());
+        for step in 1..ring {
+            needed.push(needs.block(before(ring_rank, step, ring), |run| needs.one(ring_rank, run))?);
+            let to = after(ring_rank, step, ring);
+            let mut theirs = Vec::new();
+            for run in &direct {
+                if needs.one(to, &k.ring_runs(ring_rank)[run.run])? {
+                    theirs.push(run.clone());
+                }
+            }
+            asked.push(theirs);
+        }
+        Ok(Self { rank: ring_rank, ring, needed, asked })
+    }
+
+    /// This ring rank.
+    pub const fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Number of ring ranks, and of steps.
+    pub const fn ring(&self) -> u32 {
+        self.ring
+    }
+
+    /// The owner of the block that this ring rank attends with at `step` (below [`Route::ring`]).
+    pub const fn block(&self, step: u32) -> u32 {
+        before(self.rank, step, self.ring)
+    }
+
+    /// Runs of the block of `step` that this ring rank attends with, in the owner's order. At step 0 these are all its own
+    /// runs, also those that only others need.
+    pub fn needed(&self, step: u32) -> &[Needed] {
+        self.needed.of(step)
+    }
+
+    /// Direct runs of this ring rank's own block that ring rank `rank + step` needs: sent to it at `step`, and their gradients
+    /// come back from it after `step`. None at step 0.
+    pub fn asked(&self, step: u32) -> &[Needed] {
+        self.asked.of(step)
+    }
+
+    /// The [`Way::Hop`] runs of [`Route::needed`].
+    pub fn hops(&self, step: u32) -> impl Iterator<Item = &Needed> {
+        self.needed(step).iter().filter(|run| run.way == Way::Hop)
+    }
+
+    /// The [`Way::Direct`] runs of [`Route::needed`].
+    pub fn direct(&self, step: u32) -> impl Iterator<Item = &Needed> {
+        self.needed(step).iter().filter(|run| run.way == Way::Direct)
+    }
+
+    /// What this ring rank sends in a forward (K/V rows), by step; one entry per receiver and step, none without rows.
+    pub fn transfers(&self) -> impl Iterator<Item = Transfer> + '_ {
+        (1..self.ring).flat_map(|step| {
+            let hops = (self.next(), rows(self.hops(step - 1)));
+            let asked = (after(self.rank, step, self.ring), rows(self.asked(step).iter()));
+            self.messages(step, hops, asked)
+        })
+    }
+
+    /// What this ring rank sends home in a backward (dK/dV rows), after each step; one entry per receiver and step, none
+    /// without rows.
+    pub fn returns(&self) -> impl Iterator<Item = Transfer> + '_ {
+        // A ring of one rank sends nothing.
+        let steps = if self.ring == 1 { 0..0 } else { 0..self.ring };
+        steps.flat_map(|step| {
+            let hops = (self.next(), rows(self.hops(step)));
+            let direct = (self.block(step), if step == 0 { 0 } else { rows(self.direct(step)) });
+            self.messages(step, hops, direct)
+        })
+    }
+
+    /// Two messages, as one if they have the same receiver.
+    fn messages(&self, step: u32, a: (u32, usize), b: (u32, usize)) -> impl Iterator<Item = Transfer> + use<> {
+        let (a, b) = if a.0 == b.0 { ((a.0, a.1 + b.1), (b.0, 0)) } else { (a, b) };
+        let from = self.rank;
+        [a, b].into_iter().filter(|&(_, rows)| rows > 0).map(move |(to, rows)| (step, from, to, rows))
+    }
+
+    const fn next(&self) -> u32 {
+        after(self.rank, 1, self.ring)
+    }
+}
+
+fn rows<'a>(runs: impl Iterator<Item = &'a Needed>) -> usize {
+    runs.map(|run| run.rows.len()).sum()
+}
+
+/// `rank + step` round a ring; `step` is below `ring`.
+const fn after(rank: u32, step: u32, ring: u32) -> u32 {
+    ((rank as u64 + step as u64) % ring as u64) as u32
+}
+
+/// `rank - step` round a ring; `step` is below `ring`.
+const fn before(rank: u32, step: u32, ring: u32) -> u32 {
+    after(rank, ring - step, ring)
+}
+
+/// A list of runs per step, one behind the other.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+struct Steps {
+    runs: Vec<Needed>,
+    ends: Vec<usize>,
+}
+
+impl Steps {
+    fn push(&mut self, runs: Vec<Needed>) {
+        self.runs.extend(runs);
+        self.ends.push(self.runs.len());
+    }
+
+    fn of(&self, step: u32) -> &[Needed] {
+        let step = step as usize;
+        let Some(&end) = self.ends.get(step) else {
+            return &[];
+        };
+        let start = if step == 0 { 0 } else { self.ends[step - 1] };
+        &self.runs[start..end]
+    }
+}
+
+/// Answers who needs a run.
+struct Needs<'a> {
+    mask: &'a Mask,
+    q: &'a Layout,
+    k: &'a Layout,
+    /// Whether every ring rank has a query.
+    all_have_queries: bool,
+    /// The least of the ring ranks' last queries.
+    least_last: i64,
+    /// The greatest of the ring ranks' first queries.
+    greatest_first: i64,
+}
+
+impl<'a> Needs<'a> {
+    fn new(mask: &'a Mask, q: &'a Layout, k: &'a Layout) -> Self {
+        let rings = || (0..q.mesh().ring()).map(|ring| q.ring_runs(ring));
+        let last = |runs: &[Run]| runs.iter().map(|run| run.position(run.len - 1) as i64).max();
+        let first = |runs: &[Run]| runs.iter().map(|run| run.start as i64).min();
+        Self {
+            mask,
+            q,
+            k,
+            all_have_queries: rings().all(|runs| !runs.is_empty()),
+            least_last: rings().filter_map(last).min().unwrap_or(0),
+            greatest_first: rings().filter_map(first).max().unwrap_or(0),
+        }
+    }
+
+    /// The runs of `owner`'s block that are `wanted`, with their ways.
+    fn block(&self, owner: u32, wanted: impl Fn(&Run) -> Result<bool>) -> Result<Vec<Needed>> {
+        let mut block = Vec::new();
+        for (n, run) in self.k.ring_runs(owner).iter().enumerate() {
+            if wanted(run)? {
+                let way = if self.all(run)? { Way::Hop } else { Way::Direct };
+                block.push(Needed { run: n, rows: self.k.run_rows(owner, n), way });
+            }
+        }
+        Ok(block)
+    }
+
+    /// Whether ring rank `ring` needs `run`.
+    fn one(&self, ring: u32, run: &Run) -> Result<bool> {
+        for queries in self.q.ring_runs(ring) {
+            if self.mask.selects(queries, run)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether every ring rank needs `run`.
+    ///
+    /// The queries that see a key of the run lie between two positions. Ring ranks that have none there show up in two
+    /// comparisons, which decide where only one of the positions cuts anything off. Otherwise all are asked, the ends first.
+    fn all(&self, run: &Run) -> Result<bool> {
+        let seen = self.seen(run);
+        if !self.all_have_queries || self.least_last < seen.from || self.greatest_first > seen.to {
+            return Ok(false);
+        }
+        if seen.dense && (seen.from <= 0 || seen.to >= self.q.seq() as i64 - 1) {
+            return Ok(true);
+        }
+        let ring = self.q.mesh().ring();
+        for rank in [0, ring - 1].into_iter().chain(1..ring.saturating_sub(1)) {
+            if !self.one(rank, run)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Where queries that see a key of `run` lie.
+    fn seen(&self, run: &Run) -> Seen {
+        let (first, last) = (run.start, run.position(run.len - 1));
+        let (mut from, mut to, mut one_document) = (0, self.q.seq() as i64 - 1, true);
+        if let Some(documents) = self.mask.documents() {
+            let (a, b) = (documents.of(first), documents.of(last));
+            from = documents.range(a).start as i64;
+            to = documents.range(b).end as i64 - 1;
+            one_document = a == b;
+        }
+        let (left, right) = match self.mask.shape() {
+            Shape::Full => (None, None),
+            Shape::Prefix(keys) if (first as i64) < from.saturating_add(width(keys)) => (None, None),
+            Shape::Causal | Shape::Prefix(_) => (None, Some(0)),
+            Shape::Window { left, right } => (left.map(width), right.map(width)),
+        };
+        let without_gaps = match (left, right) {
+            (Some(left), Some(right)) => run.step as i64 <= left + right + 1,
+            _ => true,
+        };
+        Seen {
+            from: right.map_or(from, |right| from.max(first as i64 - right)),
+            to: left.map_or(to, |left| to.min(last as i64 + left)),
+            dense: one_document && without_gaps,
+        }
+    }
+
+    /// Asks about every pair of blocks where unequal steps could be refused, so that either all ring ranks refuse or none.
+    fn check_steps(&self) -> Result<()> {
+        let rings = 0..self.q.mesh().ring();
+        let long = |layout: &'a Layout| rings.clone().flat_map(|ring| layout.ring_runs(ring)).filter(|run| run.len > 1);
+        let mut steps = long(self.q).chain(long(self.k)).map(|run| run.step);
+        let one = steps.next();
+        if self.mask.shape() == Shape::Full || steps.all(|step| Some(step) == one) {
+            return Ok(());
+        }
+        for q in rings.clone() {
+            for k in rings.clone() {
+                self.mask.slices(self.q, q, self.k, k, 1)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The queries that see a key of one run.
+struct Seen {
+    /// None lies before.
+    from: i64,
+    /// None lies behind.
+    to: i64,
+    /// Whether every query from `from` to `to` does.
+    dense: bool,
+}

@@ -1,0 +1,80 @@
+//! What a run did when: spans on the device, for reports and pictures.
+
+use std::time::Duration;
+
+use longspan_hal::{Device, Result, Step};
+
+/// What a span did.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Work {
+    /// Attention or a sum, on the caller's stream.
+    Compute,
+    /// Data movement between ranks, on the transfer stream.
+    Exchange,
+}
+
+/// One stretch of work between two events.
+#[derive(Debug)]
+pub struct Span<D: Device> {
+    /// What it did.
+    pub work: Work,
+    /// Which step of which phase it was.
+    pub step: Step,
+    /// Bytes sent to other ranks.
+    pub bytes_sent: u64,
+    start: D::Event,
+    end: D::Event,
+}
+
+/// Spans of one run in the order of queueing. Given to a forward or backward, which records events around all its work.
+#[derive(Debug)]
+pub struct Trace<D: Device> {
+    origin: Option<D::Event>,
+    spans: Vec<Span<D>>,
+}
+
+impl<D: Device> Default for Trace<D> {
+    fn default() -> Self {
+        Self { origin: None, spans: Vec::new() }
+    }
+}
+
+impl<D: Device> Trace<D> {
+    /// The spans in order of queueing.
+    pub fn spans(&self) -> &[Span<D>] {
+        &self.spans
+    }
+
+    /// Start and end of a span, from the run's first event. To be called after the run was synchronised.
+    ///
+    /// # Errors
+    /// [`longspan_hal::Error::Invalid`] if the run is not done.
+    pub fn times(&self, device: &D, span: &Span<D>) -> Result<(Duration, Duration)> {
+        let origin = self.origin.as_ref().unwrap_or(&span.start);
+        Ok((device.elapsed(origin, &span.start)?, device.elapsed(origin, &span.end)?))
+    }
+
+    /// Time and bytes sent, summed over the spans of `work`. To be called after the run was synchronised.
+    ///
+    /// # Errors
+    /// [`longspan_hal::Error::Invalid`] if the run is not done.
+    pub fn total(&self, device: &D, work: Work) -> Result<(Duration, u64)> {
+        let mut sum = (Duration::ZERO, 0);
+        for span in self.spans.iter().filter(|s| s.work == work) {
+            sum.0 += device.elapsed(&span.start, &span.end)?;
+            sum.1 += span.bytes_sent;
+        }
+        Ok(sum)
+    }
+
+    pub(crate) fn begin(&mut self, device: &D, on: &D::Stream) -> Result<()> {
+        if self.origin.is_none() {
+            self.origin = Some(device.record(on)?);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn push(&mut self, work: Work, step: Step, bytes_sent: u64, start: D::Event, end: D::Event) {
+        self.spans.push(Span { work, step, bytes_sent, start, end });
+    }
+}

@@ -1,0 +1,143 @@
+//! DeepSpeed-Ulysses: all-to-all from sequence shards to head shards and back (Jacobs et al., 2309.14509, section 3).
+//!
+//! With ring rank `r` fixed, Ulysses rank `u` brings part `u` of the block of `r` with all heads, and attends with the whole
+//! block for its own heads. One exchange moves all tensors, a view each, whatever their strides:
+//!
+//! ```text
+//! gather(g):  for each Ulysses rank p, each input tensor x:
+//!                 send     x[my rows, heads(p, g)]           -> p
+//!                 receive  block[rows of p, my heads(g)]     <- p
+//! give_back(g): for each Ulysses rank p, each output tensor y:
+//!                 send     block[rows of p, my heads(g)]     -> p
+//!                 receive  packed[my rows, heads(p, g)]      <- p
+//! collect(g): copy `packed` to the caller's tensors; f32 contributions to replicated KV heads are summed instead,
+//!             in the order of groups and ranks, and rounded once at the end.
+//! ```
+//!
+//! Head counts need not divide: see [`crate::heads`]. Joint tokens are a second source of rows; after the last group every
+//! rank shares its joint rows of the results with all ranks, so replicas are bitwise equal.
+
+use longspan_hal::{Backend, Device, Result, View, ViewMut};
+
+use crate::message::Prepared;
+use crate::run::{Event, Run, missing};
+use crate::ulysses_layout::{Gathering, block_extent, local_parts};
+
+/// The all-to-alls of one pass: layout and exchanges, by head group.
+#[derive(Debug)]
+pub(crate) struct Ulysses<B: Backend> {
+    pub layout: Gathering,
+    pub gather: Vec<Prepared<B>>,
+    pub give_back: Vec<Prepared<B>>,
+    pub share: Option<Prepared<B>>,
+}
+
+/// Where the caller wants one result: its shard, and, with joint tokens, the replicated joint rows.
+#[derive(Debug)]
+pub(crate) struct Target<'a, B: Backend> {
+    pub shard: ViewMut<'a, B::Device>,
+    pub joint: Option<ViewMut<'a, B::Device>>,
+}
+
+impl<B: Backend> Ulysses<B> {
+    /// Queues the all-to-all of group `g` towards heads; `sources` are, for each input, the shard and the joint tensor.
+    ///
+    /// Its slot is free: the exchange that gave back group `g - 2` is ahead of it on the same stream.
+    pub fn gather(&self, run: &Run<'_, B>, g: usize, sources: &[View<'_, B::Device>]) -> Result<Event<B>> {
+        run.exchange(&self.gather[g], sources)
+    }
+
+    /// The gathered blocks of group `g`.
+    pub fn inputs<'a>(&self, run: &Run<'a, B>, g: usize) -> Result<Vec<View<'a, B::Device>>> {
+        let slot = self.layout.slot(g);
+        let kinds = self.layout.inputs.iter().zip(&slot.inputs);
+        kinds.map(|(k, r)| run.workspace.view(&r.with_extent(block_extent(run.plan, *k, g))?)).collect()
+    }
+
+    /// Where the results of the block of group `g` are computed.
+    pub fn outputs<'a>(&self, run: &Run<'a, B>, g: usize) -> Result<Vec<ViewMut<'a, B::Device>>> {
+        let slot = self.layout.slot(g);
+        let kinds = self.layout.outputs.iter().zip(&slot.outputs);
+        kinds.map(|(k, r)| run.workspace.view_mut(&r.with_extent(block_extent(run.plan, *k, g))?)).collect()
+    }
+
+    /// Queues, before the first group: f32 sums of replicated KV heads start at 0.
+    pub fn start(&self, run: &Run<'_, B>) -> Result<()> {
+        for region in self.layout.sums.iter().filter(|r| !r.at.is_empty()) {
+            run.member.device.fill(run.transfer, 0.0, run.workspace.view_mut(region)?)?;
+        }
+        Ok(())
+    }
+
+    /// Queues the all-to-all of group `g` back to rows, behind the compute queued so far, and collects what came.
+    pub fn give_back(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
+        run.order(run.compute, run.transfer)?;
+        let outputs = self.outputs(run, g)?;
+        let sources: Vec<_> = outputs.iter().map(ViewMut::read).collect();
+        run.exchange(&self.give_back[g], &sources)?;
+        self.collect(run, g, targets)
+    }
+
+    fn collect(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
+        let plan = run.plan;
+        for (i, kind) in self.layout.outputs.iter().enumerate() {
+            let (places, heads) = plan.cut.packed(g, kind.which);
+            let [batch, rows, _, dim] = self.layout.packed[i].at.extent();
+            let packed = run.workspace.view(&self.layout.packed[i].with_extent([batch, rows, heads, dim])?)?;
+            for (u, place) in places.iter().enumerate() {
+                let of_rank = kind.which.of(plan.cut.of(g, u)).clone();
+                for (part, rows) in local_parts(plan, *kind).into_iter().enumerate() {
+                    let came = packed.narrow(1, rows.clone())?.narrow(2, place.clone())?;
+                    if let Some(sum) = self.sum(i) {
+                        let sum = run.workspace.view_mut(sum)?.narrow(1, rows)?.narrow(2, of_rank.clone())?;
+                        run.accumulate(run.transfer, sum, &[sum.read(), came])?;
+                    } else if let Some(into) = self.own(run, i, part, targets)? {
+                        run.copy(run.transfer, came, into.narrow(2, of_rank.clone())?)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues, after the last group: sums are rounded, joint rows are shared.
+    pub fn finish(&self, run: &Run<'_, B>, targets: &[Target<'_, B>]) -> Result<()> {
+        for (i, kind) in self.layout.outputs.iter().enumerate() {
+            let Some(sum) = self.sum(i) else { continue };
+            for (part, rows) in local_parts(run.plan, *kind).into_iter().enumerate() {
+                if let Some(into) = self.own(run, i, part, targets)? {
+                    run.accumulate(run.transfer, into, &[run.workspace.view(sum)?.narrow(1, rows)?])?;
+                }
+            }
+        }
+        let (Some(joint), Some(share)) = (&self.layout.joint, &self.share) else {
+            return Ok(());
+        };
+        let own = joint.own.iter().map(|r| run.workspace.view(r)).collect::<Result<Vec<_>>>()?;
+        run.exchange(share, &own)?;
+        for (all, target) in joint.all.iter().zip(targets) {
+            run.copy(run.transfer, run.workspace.view(all)?, target.joint.ok_or_else(|| missing("joint"))?)?;
+        }
+        Ok(())
+    }
+
+    /// The f32 sum of output `i`, where its heads are replicated.
+    fn sum(&self, i: usize) -> Option<&crate::workspace::Region> {
+        if self.layout.sums.is_empty() { None } else { i.checked_sub(1).and_then(|i| self.layout.sums.get(i)) }
+    }
+
+    /// Where this rank's own rows of output `i` go: the caller's shard, or this rank's joint rows.
+    fn own<'a>(
+        &self,
+        run: &'a Run<'_, B>,
+        i: usize,
+        part: usize,
+        targets: &'a [Target<'_, B>],
+    ) -> Result<Option<ViewMut<'a, B::Device>>> {
+        match (part, &self.layout.joint) {
+            (0, _) => Ok(Some(targets[i].shard)),
+            (_, Some(joint)) => run.workspace.view_mut(&joint.own[i]).map(Some),
+            (_, None) => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Memory and messages of the all-to-alls, worked out without a device. The algorithm is in `ulysses.rs`.
+
+use std::ops::Range;
+
+use longspan_hal::{DType, Result};
+
+use crate::heads::Which;
+use crate::message::{Messages, Recv, Send};
+use crate::rows::{Rows, Segment};
+use crate::workspace::{Arena, Place, Region};
+use crate::{Coords, Plan};
+
+/// One tensor that an all-to-all moves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kind {
+    pub which: Which,
+    pub dim: usize,
+    pub dtype: DType,
+}
+
+impl Kind {
+    fn rows<'a>(&self, plan: &'a Plan) -> &'a Rows {
+        match self.which {
+            Which::Kv => &plan.k,
+            Which::Query => &plan.q,
+        }
+    }
+
+    /// Heads of the whole problem.
+    fn heads_total(&self, plan: &Plan) -> usize {
+        match self.which {
+            Which::Kv => plan.problem.kv_heads,
+            Which::Query => plan.problem.heads,
+        }
+    }
+
+    /// This rank's heads in group `g`.
+    pub fn heads<'a>(&self, plan: &'a Plan, g: usize) -> &'a Range<usize> {
+        self.which.of(plan.cut.of(g, plan.at.ulysses as usize))
+    }
+}
+
+/// What a forward (q, k, v) or a backward (also dout, lse, delta) gathers.
+pub(crate) fn inputs(plan: &Plan, backward: bool) -> Vec<Kind> {
+    use Which::{Kv, Query};
+    let p = &plan.problem;
+    let kind = |which, dim, dtype| Kind { which, dim, dtype };
+    let mut kinds =
+        vec![kind(Query, p.head_dim, p.dtype), kind(Kv, p.head_dim, p.dtype), kind(Kv, p.head_dim_v, p.dtype)];
+    if backward {
+        kinds.extend([kind(Query, p.head_dim_v, p.dtype), kind(Query, 1, DType::F32), kind(Query, 1, DType::F32)]);
+    }
+    kinds
+}
+
+/// What comes back: out and lse, or dq, dk and dv (f32 where heads are replicated).
+pub(crate) fn outputs(plan: &Plan, backward: bool) -> Vec<Kind> {
+    use Which::{Kv, Query};
+    let p = &plan.problem;
+    let kind = |which, dim, dtype| Kind { which, dim, dtype };
+    if !backward {
+        return vec![kind(Query, p.head_dim_v, p.dtype), kind(Query, 1, DType::F32)];
+    }
+    let shared = if plan.cut.replicates() { DType::F32 } else { p.dtype };
+    vec![kind(Query, p.head_dim, p.dtype), kind(Kv, p.head_dim, shared), kind(Kv, p.head_dim_v, shared)]
+}
+
+/// The memory of one head group in flight.
+#[derive(Clone, Debug)]
+pub(crate) struct Slot {
+    /// Gathered blocks, in the window.
+    pub inputs: Vec<Region>,
+    /// Results of the block, in the buffer.
+    pub outputs: Vec<Region>,
+}
+
+/// The joint rows of the results.
+#[derive(Clone, Debug)]
+pub(crate) struct Joint {
+    /// This rank's rows, all heads.
+    pub own: Vec<Region>,
+    /// All rows, in the window.
+    pub all: Vec<Region>,
+    /// The exchange that shares them.
+    pub share: Messages,
+}
+
+/// Memory and messages of the all-to-alls of one pass.
+#[derive(Clone, Debug)]
+pub(crate) struct Gathering {
+    pub inputs: Vec<Kind>,
+    pub outputs: Vec<Kind>,
+    /// Two where there are several head groups, so that one travels while the other computes.
+    pub slots: Vec<Slot>,
+    /// Results of the group that came back, heads packed in rank order, in the window.
+    pub packed: Vec<Region>,
+    /// f32 sums of dk and dv over all heads, where KV heads are replicated.
+    pub sums: Vec<Region>,
+    pub joint: Option<Joint>,
+    /// By head group.
+    pub gather: Vec<Messages>,
+    /// By head group.
+    pub give_back: Vec<Messages>,
+}
+
+impl Gathering {
+    /// Lays out the pass.
+    pub fn new(plan: &Plan, backward: bool, arena: &mut Arena) -> Result<Self> {
+        let (inputs, outputs) = (inputs(plan, backward), outputs(plan, backward));
+        let groups = 0..plan.cut.groups();
+        let slots =
+            (0..groups.len().min(2)).map(|_| slot(plan, &inputs, &outputs, arena)).collect::<Result<Vec<_>>>()?;
+        let batch = plan.problem.batch;
+        let packed = outputs
+            .iter()
+            .map(|k| {
+                let heads = groups.clone().map(|g| plan.cut.packed(g, k.which).1).max().unwrap_or(0);
+                arena.take(Place::Window, k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut sums = Vec::new();
+        if backward && plan.cut.replicates() {
+            for k in &outputs[1..] {
+                sums.push(arena.take(
+                    Place::Buffer,
+                    DType::F32,
+                    [batch, local_rows(plan, *k), k.heads_total(plan), k.dim],
+                )?);
+            }
+        }
+        let joint = if plan.problem.joint > 0 { Some(joint(plan, &outputs, backward, arena)?) } else { None };
+        let gather =
+            groups.clone().map(|g| gather(plan, g, &inputs, &slots[g % slots.len()].inputs)).collect::<Result<_>>()?;
+        let give_back = groups.map(|g| give_back(plan, g, &outputs, &packed)).collect::<Result<_>>()?;
+        Ok(Self { inputs, outputs, slots, packed, sums, joint, gather, give_back })
+    }
+
+    /// Slot of head group `g`.
+    pub fn slot(&self, g: usize) -> &Slot {
+        &self.slots[g % self.slots.len()]
+    }
+}
+
+/// Rows of this rank's own tokens: its shard, then its joint tokens.
+fn local_rows(plan: &Plan, kind: Kind) -> usize {
+    kind.rows(plan).segments(plan.at).iter().map(|s| s.source.len()).sum()
+}
+
+/// Where this rank's own rows lie among its local rows: its shard, its joint tokens.
+pub(crate) fn local_parts(plan: &Plan, kind: Kind) -> [Range<usize>; 2] {
+    let [shard, joint] = kind.rows(plan).segments(plan.at).map(|s| s.source.len());
+    [0..shard, shard..shard + joint]
+}
+
+/// Extent of this rank's block of `kind` in group `g`.
+pub(crate) fn block_extent(plan: &Plan, kind: Kind, g: usize) -> [usize; 4] {
+    [plan.problem.batch, kind.rows(plan).block(plan.at.ring), kind.heads(plan, g).len(), kind.dim]
+}
+
+fn slot(plan: &Plan, inputs: &[Kind], outputs: &[Kind], arena: &mut Arena) -> Result<Slot> {
+    let mut largest = |kinds: &[Kind], place| {
+        kinds
+            .iter()
+            .map(|k| {
+                let mut extent = block_extent(plan, *k, 0);
+                extent[2] = (0..plan.cut.groups()).map(|g| k.heads(plan, g).len()).max().unwrap_or(0);
+                arena.take(place, k.dtype, extent)
+            })
+            .collect::<Result<Vec<_>>>()
+    };
+    Ok(Slot { inputs: largest(inputs, Place::Window)?, outputs: largest(outputs, Place::Buffer)? })
+}
+
+fn peers(plan: &Plan) -> impl Iterator<Item = (usize, Coords, u32)> {
+    let (mesh, ring) = (plan.mesh, plan.at.ring);
+    (0..mesh.ulysses()).map(move |ulysses| {
+        let at = Coords { ring, ulysses };
+        (ulysses as usize, at, mesh.rank(at))
+    })
+}
+
+/// Sources are, for each input, the caller's shard and the joint tensor.
+fn gather(plan: &Plan, g: usize, kinds: &[Kind], blocks: &[Region]) -> Result<Messages> {
+    let mut messages = Messages::default();
+    for (u, at, peer) in peers(plan) {
+        for (i, kind) in kinds.iter().enumerate() {
+            let heads = kind.which.of(plan.cut.of(g, u));
+            for (part, Segment { source, .. }) in kind.rows(plan).segments(plan.at).into_iter().enumerate() {
+                messages.sends.push(Send {
+                    to: peer,
+                    source: 2 * i + part,
+                    dtype: kind.dtype,
+                    extent: [plan.problem.batch, source.len(), heads.len(), kind.dim],
+                    rows: source,
+                    heads: heads.clone(),
+                });
+            }
+            let block = blocks[i].with_extent(block_extent(plan, *kind, g))?;
+            for Segment { block: rows, .. } in kind.rows(plan).segments(at) {
+                messages.recvs.push(Recv { from: peer, into: block.rows(rows)? });
+            }
+        }
+    }
+    Ok(messages)
+}
+
+/// Sources are the outputs of the block.
+fn give_back(plan: &Plan, g: usize, kinds: &[Kind], packed: &[Region]) -> Result<Messages> {
+    let mut messages = Messages::default();
+    let batch = plan.problem.batch;
+    for (u, at, peer) in peers(plan) {
+        for (i, kind) in kinds.iter().enumerate() {
+            let mine = kind.heads(plan, g).len();
+            for Segment { block, .. } in kind.rows(plan).segments(at) {
+                messages.sends.push(Send {
+                    to: peer,
+                    source: i,
+                    dtype: kind.dtype,
+                    extent: [batch, block.len(), mine, kind.dim],
+                    rows: block,
+                    heads: 0..mine,
+                });
+            }
+            let (places, heads) = plan.cut.packed(g, kind.which);
+            let region = packed[i].with_extent([batch, local_rows(plan, *kind), heads, kind.dim])?;
+            for rows in local_parts(plan, *kind) {
+                messages.recvs.push(Recv { from: peer, into: region.part(rows, places[u].clone())? });
+            }
+        }
+    }
+    Ok(messages)
+}
+
+/// Every rank's joint rows of the results go to every rank.
+fn joint(plan: &Plan, outputs: &[Kind], backward: bool, arena: &mut Arena) -> Result<Joint> {
+    let (mut own, mut all, mut share) = (Vec::new(), Vec::new(), Messages::default());
+    let batch = plan.problem.batch;
+    for (i, kind) in outputs.iter().enumerate() {
+        // What is shared is rounded already.
+        let dtype = if backward { plan.problem.dtype } else { kind.dtype };
+        let heads = kind.heads_total(plan);
+        let rows = |at: Coords| kind.rows(plan).segments(at)[1].source.clone();
+        let extent = |rows: usize| [batch, rows, heads, kind.dim];
+        own.push(arena.take(Place::Buffer, dtype, extent(rows(plan.at).len()))?);
+        all.push(arena.take(Place::Window, dtype, extent(plan.problem.joint))?);
+        for peer in 0..plan.mesh.size() {
+            let mine = rows(plan.at).len();
+            share.sends.push(Send { to: peer, source: i, rows: 0..mine, heads: 0..heads, dtype, extent: extent(mine) });
+            share.recvs.push(Recv { from: peer, into: all[i].rows(rows(plan.mesh.coords(peer)))? });
+        }
+    }
+    Ok(Joint { own, all, share })
+}

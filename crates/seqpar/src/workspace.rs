@@ -1,0 +1,119 @@
+//! Memory of one rank, laid out before anything runs.
+//!
+//! Two allocations: the *window*, which peers write, and the *buffer*, which they do not. Regions are dense tensors at fixed
+//! offsets in them. Forward and backward never run at the same time, so each is laid out from the start and the sizes are
+//! the larger of both: exact, and known before the run.
+
+use std::ops::Range;
+
+use longspan_hal::{DType, Device, Extent, Result, Strided, View, ViewMut};
+
+/// Alignment of regions in bytes, that of a device allocation.
+const ALIGN: usize = 256;
+
+/// Bytes that one rank needs beside the caller's tensors.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct Bytes {
+    /// Memory that peers write.
+    pub window: usize,
+    /// Memory that they do not, scratch of kernels included.
+    pub buffer: usize,
+    /// Staging that the collective holds for packing.
+    pub staging: usize,
+}
+
+impl Bytes {
+    /// All of it.
+    pub const fn total(&self) -> usize {
+        self.window + self.buffer + self.staging
+    }
+
+    /// Bytes of the window and the buffer where forward and backward share them.
+    pub(crate) fn shared(a: Self, b: Self) -> Self {
+        Self { window: a.window.max(b.window), buffer: a.buffer.max(b.buffer), staging: a.staging.max(b.staging) }
+    }
+}
+
+/// Which allocation a region is in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Place {
+    Buffer,
+    Window,
+}
+
+/// A dense tensor in one of the two allocations.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Region {
+    pub place: Place,
+    pub at: Strided,
+}
+
+impl Region {
+    /// The dense tensor of another, not larger, extent at the same start.
+    pub fn with_extent(&self, extent: Extent) -> Result<Self> {
+        let size = self.at.dtype().size();
+        let at = Strided::dense(self.at.dtype(), extent).shifted(self.at.byte_range().start / size)?;
+        Ok(Self { place: self.place, at })
+    }
+
+    /// The part with rows `rows` and heads `heads`.
+    pub fn part(&self, rows: Range<usize>, heads: Range<usize>) -> Result<Self> {
+        Ok(Self { place: self.place, at: self.at.narrow(1, rows)?.narrow(2, heads)? })
+    }
+
+    /// All heads of rows `rows`.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        Ok(Self { place: self.place, at: self.at.narrow(1, rows)? })
+    }
+}
+
+/// Hands out regions one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Arena {
+    bytes: Bytes,
+}
+
+impl Arena {
+    /// A region for a dense tensor.
+    pub fn take(&mut self, place: Place, dtype: DType, extent: Extent) -> Result<Region> {
+        let next = match place {
+            Place::Buffer => &mut self.bytes.buffer,
+            Place::Window => &mut self.bytes.window,
+        };
+        let at = Strided::dense(dtype, extent).shifted(*next / dtype.size())?;
+        *next += at.bytes().next_multiple_of(ALIGN);
+        Ok(Region { place, at })
+    }
+
+    /// Bytes handed out so far.
+    pub fn bytes(&self) -> Bytes {
+        self.bytes
+    }
+}
+
+/// The two allocations of a rank.
+#[derive(Debug)]
+pub(crate) struct Workspace<D: Device> {
+    pub window: D::Buffer,
+    pub buffer: D::Buffer,
+}
+
+impl<D: Device> Workspace<D> {
+    /// A region, to be read.
+    pub fn view(&self, region: &Region) -> Result<View<'_, D>> {
+        View::new(self.allocation(region.place), region.at)
+    }
+
+    /// A region, to be written.
+    pub fn view_mut(&self, region: &Region) -> Result<ViewMut<'_, D>> {
+        ViewMut::new(self.allocation(region.place), region.at)
+    }
+
+    fn allocation(&self, place: Place) -> &D::Buffer {
+        match place {
+            Place::Buffer => &self.buffer,
+            Place::Window => &self.window,
+        }
+    }
+}
