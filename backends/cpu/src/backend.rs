@@ -1,5 +1,6 @@
 //! The CPU backends: one implementation under several names, which differ in [`Options`] only.
 
+use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use crate::caps::{name, total_memory};
 use crate::{CpuAttention, CpuCollective, CpuDevice, Options, Personality};
 
 /// What distinguishes one CPU backend from another.
-pub trait Flavor: Send + Sync + 'static {
+pub trait Flavor: Debug + Send + Sync + 'static {
     /// The backend's name.
     const NAME: &'static str;
     /// How its devices behave.
