@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use longspan_hal::{Backend, Collective, DType, Device, Error, Extent, Step, Strided, View, ViewMut};
+use longspan_seqpar::Member;
 use ndarray::Array4;
 
 use crate::gather::{Gather, Shares};
@@ -138,14 +140,10 @@ impl<B: Backend> Tensor<B> {
     }
 }
 
-/// One rank of a team.
+/// One rank of a team. Its device, communicator and attention are those of its [`Member`].
 pub struct Rank<B: Backend> {
-    /// Its device.
-    pub device: B::Device,
-    /// Its communicator.
-    pub collective: Arc<B::Collective>,
-    /// Its attention.
-    pub attention: B::Attention,
+    /// Its device, communicator and attention.
+    pub member: Arc<Member<B>>,
     /// Its main stream.
     pub stream: Stream<B>,
     /// What bounds every wait.
@@ -154,6 +152,14 @@ pub struct Rank<B: Backend> {
     pub(crate) steps: Arc<Steps>,
     pub(crate) seed: u64,
     pub(crate) figures: BTreeMap<String, f64>,
+}
+
+impl<B: Backend> Deref for Rank<B> {
+    type Target = Member<B>;
+
+    fn deref(&self) -> &Member<B> {
+        &self.member
+    }
 }
 
 impl<B: Backend> std::fmt::Debug for Rank<B> {

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use longspan_hal::{Backend, Collective, Device as _, DeviceInfo, Error, GroupId, Priority};
+use longspan_seqpar::Member;
 
 use crate::cases::Body;
 use crate::gather::{Gather, SharedMemory};
@@ -29,7 +30,7 @@ struct Job<B: Backend> {
     seed: u64,
 }
 
-type Groups<B> = Arc<Mutex<Vec<Arc<<B as Backend>::Collective>>>>;
+type Groups<B> = Arc<Mutex<Vec<Arc<Member<B>>>>>;
 
 /// Rank threads of one group.
 pub(crate) struct Team<B: Backend> {
@@ -142,8 +143,8 @@ impl<B: Backend> Team<B> {
 
     fn abort(&self) {
         self.gather.give_up(0);
-        for group in self.groups.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            group.abort();
+        for member in self.groups.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            member.collective.abort();
         }
     }
 }
@@ -194,14 +195,11 @@ fn serve<B: Backend>(seat: Seat, groups: &Groups<B>, jobs: &Receiver<Job<B>>, do
 
 fn open<B: Backend>(seat: Seat, groups: &Groups<B>) -> Result<Rank<B>, Failure> {
     let Seat { info, id, rank, size, limit, gather, steps } = seat;
-    steps.set(rank, "open".into());
-    let device = B::open(&info)?;
-    steps.set(rank, "join".into());
-    let collective = Arc::new(B::join(&device, &id, rank, size, limit)?);
-    groups.lock().unwrap_or_else(PoisonError::into_inner).push(collective.clone());
-    let attention = B::attention(&device)?;
-    let stream = device.stream(Priority::Normal)?;
-    Ok(Rank { device, collective, attention, stream, limit, gather, steps, seed: 0, figures: BTreeMap::new() })
+    steps.set(rank, "open and join".into());
+    let member = Arc::new(Member::<B>::join(&info, &id, rank, size, limit)?);
+    groups.lock().unwrap_or_else(PoisonError::into_inner).push(member.clone());
+    let stream = member.device.stream(Priority::Normal)?;
+    Ok(Rank { member, stream, limit, gather, steps, seed: 0, figures: BTreeMap::new() })
 }
 
 /// Runs `f`; a panic is a failure.

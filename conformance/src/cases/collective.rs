@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use longspan_hal::{Backend, Collective, DType, Device, Error, Extent, GroupId, P2p, Priority, Step, Strided};
 
 use super::Case;
-use super::exchange::{Message, prepare, run};
+use super::exchange::{Message, prepare, run, run_in};
 use crate::host::Random;
 use crate::rank::{Failure, Rank, check, check_invalid};
 
@@ -108,12 +108,12 @@ fn exchanges_interleave<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     let mut random = rank.random();
     let shapes: [Shape; 4] = [all_to_all, ring, many_to_one, routes];
     let tables = shapes.map(|shape| shape(&mut random, rank.size()));
-    let prepared = tables.iter().map(|t| prepare(rank, t)).collect::<Result<Vec<_>, _>>()?;
+    let prepared = tables.iter().map(|t| prepare(rank, &rank.collective, t)).collect::<Result<Vec<_>, _>>()?;
     let mut kept = Vec::new();
     for round in 0..12 {
         for exchange in &prepared {
             rank.step("exchange", round);
-            kept.push(exchange.queue(rank, round)?);
+            kept.push(exchange.queue(rank, &rank.collective, round)?);
         }
     }
     rank.step("check", 0);
@@ -203,14 +203,14 @@ fn refuses<B: Backend>(rank: &mut Rank<B>, fault: Fault) -> Result<(), Failure> 
 fn refuses_other_views<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     let messages: Vec<Message> =
         (0..2).map(|from| Message { from, to: 1 - from, dtype: DType::F32, extent: [1, 2, 3, 4] }).collect();
-    let prepared = prepare(rank, &messages)?;
+    let prepared = prepare(rank, &rank.collective, &messages)?;
     let longer = rank.blank(Strided::dense(DType::F32, [1, 2, 3, 5]))?;
     let other = rank.blank(Strided::dense(DType::F16, [1, 2, 3, 4]))?;
     let right = rank.blank(Strided::dense(DType::F32, [1, 2, 3, 4]))?;
     for views in [vec![], vec![longer.view()?], vec![other.view()?], vec![right.view()?, right.view()?]] {
         check_invalid("a round with other views", rank.collective.exchange(&rank.stream, &prepared.exchange, &views))?;
     }
-    let round = prepared.queue(rank, 0)?;
+    let round = prepared.queue(rank, &rank.collective, 0)?;
     prepared.check(rank, &round)
 }
 
@@ -247,10 +247,7 @@ fn subgroups<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
         check((Some(group.rank()), group.size()) == wanted, || {
             format!("rank {me} is {} of {} in {members:?}", group.rank(), group.size())
         })?;
-        let all = std::mem::replace(&mut rank.collective, std::sync::Arc::new(group));
-        let result = run(rank, &all_to_all(&mut Random::new(5), 2), 3);
-        rank.collective = all;
-        result?;
+        run_in(rank, &group, &all_to_all(&mut Random::new(5), 2), 3)?;
     }
     check_invalid("members that descend", rank.collective.subgroup(&[2, 1]))?;
     check_invalid("members out of range", rank.collective.subgroup(&[1, 4]))?;

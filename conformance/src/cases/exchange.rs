@@ -37,12 +37,16 @@ pub struct Round<B: Backend> {
     received: Vec<Tensor<B>>,
 }
 
-/// Prepares `messages`.
+/// Prepares `messages` among the ranks of `group`.
 ///
 /// # Errors
 /// Those of the collective and the device.
-pub fn prepare<B: Backend>(rank: &Rank<B>, messages: &[Message]) -> Result<Prepared<B>, Failure> {
-    let (me, mut random) = (rank.index(), Random::new(rank.seed ^ u64::from(rank.index())));
+pub fn prepare<B: Backend>(
+    rank: &Rank<B>,
+    group: &B::Collective,
+    messages: &[Message],
+) -> Result<Prepared<B>, Failure> {
+    let (me, mut random) = (group.rank(), Random::new(rank.seed ^ u64::from(group.rank())));
     let (mut sends, mut receives, mut end) = (Vec::new(), Vec::new(), 0);
     for (i, m) in messages.iter().enumerate() {
         if m.from == me {
@@ -56,7 +60,7 @@ pub fn prepare<B: Backend>(rank: &Rank<B>, messages: &[Message]) -> Result<Prepa
             receives.push((i, at));
         }
     }
-    let window = rank.collective.window(end + 16)?;
+    let window = group.window(end + 16)?;
     rank.poison(&window)?;
     let mut ops = Vec::new();
     for (i, m) in messages.iter().enumerate() {
@@ -67,7 +71,7 @@ pub fn prepare<B: Backend>(rank: &Rank<B>, messages: &[Message]) -> Result<Prepa
             ops.push(P2p::Recv { from: m.from, into: ViewMut::new(&window, *at)? });
         }
     }
-    let exchange = rank.collective.prepare(&ops)?;
+    let exchange = group.prepare(&ops)?;
     drop(ops);
     Ok(Prepared { exchange, sends, receives, window, seed: rank.seed })
 }
@@ -84,13 +88,13 @@ impl<B: Backend> Prepared<B> {
     ///
     /// # Errors
     /// Those of the collective and the device.
-    pub fn queue(&self, rank: &Rank<B>, number: u32) -> Result<Round<B>, Failure> {
+    pub fn queue(&self, rank: &Rank<B>, group: &B::Collective, number: u32) -> Result<Round<B>, Failure> {
         for (i, tensor) in &self.sends {
             let bytes = self.bytes(*i, number, tensor.at.bytes());
             rank.device.upload(&rank.stream, &bytes, tensor.view_mut()?)?;
         }
         let views = self.sends.iter().map(|(_, t)| t.view()).collect::<Result<Vec<_>, _>>()?;
-        rank.collective.exchange(&rank.stream, &self.exchange, &views)?;
+        group.exchange(&rank.stream, &self.exchange, &views)?;
         for (_, tensor) in &self.sends {
             rank.device.upload(&rank.stream, &vec![0xFF; tensor.at.bytes()], tensor.view_mut()?)?;
         }
@@ -120,17 +124,30 @@ impl<B: Backend> Prepared<B> {
     }
 }
 
-/// Runs `rounds` rounds of `messages`, all queued before the first is checked.
+/// Runs `rounds` rounds of `messages` among all ranks, all queued before the first is checked.
 ///
 /// # Errors
 /// As [`prepare`] and [`Prepared::check`].
 pub fn run<B: Backend>(rank: &Rank<B>, messages: &[Message], rounds: u32) -> Result<(), Failure> {
+    run_in(rank, &rank.collective, messages, rounds)
+}
+
+/// [`run`] among the ranks of `group`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_in<B: Backend>(
+    rank: &Rank<B>,
+    group: &B::Collective,
+    messages: &[Message],
+    rounds: u32,
+) -> Result<(), Failure> {
     rank.step("prepare", 0);
-    let prepared = prepare(rank, messages)?;
+    let prepared = prepare(rank, group, messages)?;
     let mut queued = Vec::new();
     for round in 0..rounds {
         rank.step("exchange", round);
-        queued.push(prepared.queue(rank, round)?);
+        queued.push(prepared.queue(rank, group, round)?);
     }
     rank.step("check", 0);
     queued.iter().try_for_each(|round| prepared.check(rank, round))

@@ -6,9 +6,17 @@ use longspan_hal::Backend;
 
 use crate::rank::{Failure, Rank};
 
+pub mod agreement;
+pub mod attention;
 pub mod collective;
 pub mod device;
 pub mod exchange;
+pub mod kernels;
+pub mod pairwise;
+pub mod parallel;
+pub mod problem;
+pub mod seqpar;
+pub mod slices;
 pub mod stream;
 pub mod view;
 
@@ -106,11 +114,12 @@ impl<B: Backend> Case<B> {
 
 /// Every case of both tiers. `seed` chooses the configurations of the sweeps; names of sweeps name their options.
 pub fn table<B: Backend>(seed: u64) -> Vec<Case<B>> {
-    let _ = seed;
     let mut cases = Vec::new();
     cases.extend(device::cases());
     cases.extend(stream::cases());
     cases.extend(view::cases());
     cases.extend(collective::cases());
+    cases.extend(attention::cases(seed));
+    cases.extend(seqpar::cases(seed));
     cases
 }
