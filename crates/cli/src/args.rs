@@ -114,7 +114,7 @@ pub struct Cut {
     /// Which tokens a block holds: one chunk; one from the front and one from the back (balances causal masks); every R-th
     #[arg(long, value_enum, default_value_t, help_heading = "Cut")]
     pub layout: LayoutKind,
-    /// Which keys a query sees: window:L[,R] sees L keys before and R (else 0) behind it, prefix:P the first P keys and all before it
+    /// Which keys a query sees: window has L keys before it and R behind it (none without R), prefix the first P and all before it
     #[arg(long, default_value = "full", value_name = "causal|full|window:L[,R]|prefix:P", help_heading = "Cut")]
     pub mask: Mask,
 }

@@ -13,6 +13,7 @@ fn refused(folder: &Folder, said: &Said, words: &[&str]) {
         assert!(said.stderr.contains(word), "no `{word}` in {}", said.stderr);
     }
     assert!(said.stderr.starts_with("error: "), "{}", said.stderr);
+    assert!(!said.stdout.contains("compute"), "nothing may run: {}", said.stdout);
     assert_eq!(folder.files(), ["in.safetensors"], "nothing may be written");
 }
 
