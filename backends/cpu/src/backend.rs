@@ -65,7 +65,8 @@ impl<F: Flavor> Backend for CpuBackend<F> {
 
     fn open(info: &DeviceInfo) -> Result<CpuDevice> {
         if info.index != 0 {
-            let why = format!("{} of backend {}: this machine is device 0, and all ranks share it", info.index, F::NAME);
+            let why =
+                format!("{} of backend {}: this machine is device 0, and all ranks share it", info.index, F::NAME);
             return Err(Error::invalid("device", why));
         }
         Ok(CpuDevice::open(F::NAME, F::OPTIONS))
