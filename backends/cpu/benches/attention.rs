@@ -4,10 +4,11 @@
 //! cargo bench -p longspan-cpu --bench attention -- [FILTER] [--runs N] [--seq S]
 //! ```
 //!
-//! A row is `dtype head_dim mask direction`, such as `f32 d128 causal fwd`; FILTER keeps the rows that contain it. 8 heads, batch
-//! 1. FLOPs of a forward: 4 * heads * seq^2 * head_dim, half of it if causal; of a backward: 2.5 times that. The figure of a row
-//! is the best of its runs, and so is the peak, which is measured again before each row: other work on the machine, and clocks
-//! that sink under load, disturb both alike.
+//! A row is `dtype head_dim mask direction`, such as `f32 d128 causal fwd`; FILTER keeps the rows that contain it. 8 heads,
+//! batch 1. FLOPs of a forward: `4 * heads * seq^2 * head_dim`, half of it if causal; of a backward: 2.5 times that.
+//!
+//! The figure of a row is the best of its runs, and so is the peak, which is measured again before each run: other work on
+//! the machine, and clocks that sink under load, disturb both alike.
 
 use std::time::{Duration, Instant};
 
@@ -148,9 +149,9 @@ impl<'a> Case<'a> {
             top = top.max(peak());
             let start = Instant::now();
             if backward {
-                gradients()?
+                gradients()?;
             } else {
-                forward()?
+                forward()?;
             }
             best = best.max(flops / start.elapsed().as_secs_f64() / 1e9);
         }
@@ -169,7 +170,8 @@ fn peak() -> f64 {
 /// Runs independent chains of multiply-adds; how many were made.
 #[cfg(target_arch = "x86_64")]
 fn multiply_adds(rounds: usize) -> usize {
-    if is_x86_feature_detected!("avx512f") {
+    let narrow = std::env::var("LONGSPAN_CPU_ARCH").is_ok_and(|arch| arch == "avx2");
+    if is_x86_feature_detected!("avx512f") && !narrow {
         // SAFETY: the CPU has AVX-512F.
         unsafe { avx512(rounds) }
     } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
