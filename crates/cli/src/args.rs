@@ -79,8 +79,8 @@ pub struct Run {
     /// Give up a wait for another rank after this many seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub limit: u64,
-    /// Let a rank fail in the middle, to see that the others notice
-    #[arg(long, value_name = "panic:RANK|stop:RANK", hide = true)]
+    /// Let a rank fail between forward and backward, to see that it is noticed
+    #[arg(long, value_name = "panic:RANK|stop:RANK|wrong:RANK", requires = "backward", hide = true)]
     pub fault: Option<Fault>,
     /// Options of the attention itself.
     #[command(flatten)]

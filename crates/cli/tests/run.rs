@@ -148,14 +148,31 @@ fn a_rank_that_panics_or_stops_is_named_by_the_others() {
     for fault in ["panic:2", "stop:2"] {
         let start = std::time::Instant::now();
         let folder = Folder::new(&bytes_of(&good_but(&[])));
-        let said = folder.run(&["--ring", "2", "--ulysses", "2", "--fault", fault, "--limit", "20"]);
+        let said = folder.run(&["--ring", "2", "--ulysses", "2", "--backward", "--fault", fault, "--limit", "20"]);
         assert_eq!(said.code, Some(1), "{said:?}");
         for rank in [0, 1, 3] {
             let line = said.stderr.lines().find(|line| line.contains(&format!("rank {rank}: ")));
-            assert!(line.is_some_and(|line| line.contains("lost rank 2")), "{fault}, rank {rank}: {}", said.stderr);
+            let line = line.unwrap_or_else(|| panic!("nothing of rank {rank} in {}", said.stderr));
+            assert!(line.contains("lost rank 2") && !line.contains("step: none"), "{fault}: {line}");
         }
         assert!(start.elapsed().as_secs() < 20, "{fault}: within the deadline");
         assert_eq!(folder.files(), ["in.safetensors"], "nothing is written");
+    }
+}
+
+#[test]
+fn one_wrong_number_fails_the_verification_and_nothing_is_written() {
+    for verify in [true, false] {
+        let folder = Folder::new(&bytes_of(&good_but(&[])));
+        let mut args = vec!["--ring", "2", "--backward", "--fault", "wrong:1"];
+        args.extend(verify.then_some("--verify"));
+        let said = folder.run(&args);
+        assert_eq!(said.code, Some(if verify { 3 } else { 0 }), "{said:?}");
+        assert_eq!(folder.output.exists(), !verify);
+        if verify {
+            assert!(said.stderr.contains("verification failed: out outside the bound"), "{}", said.stderr);
+            assert_eq!(said.stdout.matches("OUTSIDE").count(), 1, "{}", said.stdout);
+        }
     }
 }
 
