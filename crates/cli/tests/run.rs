@@ -100,6 +100,24 @@ fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
 }
 
 #[test]
+fn a_number_that_is_not_finite_stays_in_the_rows_that_see_it() {
+    let mut k = Raw::f16("k", &[2, 8, 2, 8]);
+    let row = 2 * 8 * 2; // token 5 of batch row 0, KV head 0
+    k.bytes[5 * row..5 * row + 2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+    let folder = Folder::new(&bytes_of(&good_but(&[k])));
+    let args = ["--mask", "causal", "--layout", "zigzag", "--ring", "2", "--dtype", "f32"];
+    let refused = folder.run(&[&args[..], &["--verify"]].concat());
+    assert!(refused.code == Some(2) && refused.stderr.contains("`k` has 1 numbers"), "{refused:?}");
+    assert_eq!(folder.run(&args).code, Some(0));
+    let bytes = std::fs::read(&folder.output).expect("written");
+    let file = SafeTensors::deserialize(&bytes).expect("valid");
+    for (i, x) in floats(file.tensor("out").expect("there").data()).enumerate() {
+        let [batch, token, head] = [i / (8 * 4 * 8), i / (4 * 8) % 8, i / 8 % 4];
+        assert_eq!(x.is_nan(), batch == 0 && token >= 5 && head < 2, "batch {batch}, token {token}, head {head}: {x}");
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let run = |name: &str, seed: &str| {
