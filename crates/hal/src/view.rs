@@ -192,7 +192,7 @@ impl Strided {
         let mut part = *self;
         part.extent[axis] = range.len();
         // An empty part keeps its offset, so that it never points behind the buffer.
-        if !range.is_empty() {
+        if !part.is_empty() {
             part.offset += range.start * self.strides[axis];
         }
         Ok(part)
@@ -432,6 +432,13 @@ mod tests {
             prop_assert_eq!(bytes.iter().min().copied(), Some(a.byte_range().start));
             prop_assert_eq!(bytes.iter().max().map(|m| m + 1), Some(a.byte_range().end));
         }
+    }
+
+    #[test]
+    fn parts_of_an_empty_tensor_stay_at_its_start() {
+        let none = Strided::dense(DType::F32, [2, 0, 3, 8]);
+        let part = none.narrow(2, 1..3).and_then(|p| p.narrow(0, 1..2)).expect("inside");
+        assert_eq!((part.extent(), part.byte_range()), ([1, 0, 2, 8], 0..0));
     }
 
     #[test]
