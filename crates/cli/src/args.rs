@@ -38,6 +38,8 @@ pub enum Command {
     Conformance(Conformance),
     /// Show what is on this machine, what is missing, and how to get it
     Doctor,
+    /// Show who holds which tokens and what each step of the ring computes
+    Layout(LayoutArgs),
     /// Run attention over ranks, forward and backward, and verify the result
     Run(Box<Run>),
 }
@@ -112,7 +114,7 @@ pub struct Cut {
     /// Which tokens a block holds: one chunk; one from the front and one from the back (balances causal masks); every R-th
     #[arg(long, value_enum, default_value_t, help_heading = "Cut")]
     pub layout: LayoutKind,
-    /// Which keys a query sees: window:L[,R] sees L keys before and R (else 0) behind it, prefix:P the first P keys and all before it
+    /// Which keys a query sees: window has L keys before it and R behind it (none without R), prefix the first P and all before it
     #[arg(long, default_value = "full", value_name = "causal|full|window:L[,R]|prefix:P", help_heading = "Cut")]
     pub mask: Mask,
 }
@@ -142,6 +144,23 @@ pub struct Options {
     /// Cut the heads of a rank into this many groups: one computes while the next travels, and memory falls
     #[arg(long, default_value_t = 1, value_name = "G", value_parser = count())]
     pub head_groups: u32,
+}
+
+/// `longspan layout`.
+#[derive(Debug, clap::Args)]
+pub struct LayoutArgs {
+    /// Tokens of the sequence
+    #[arg(long, default_value_t = 64, value_name = "S")]
+    pub seq: usize,
+    /// How the sequence is cut.
+    #[command(flatten)]
+    pub cut: Cut,
+    /// Packed documents: their starts and the end of the last, such as 0,20,64
+    #[arg(long, value_name = "0,...,S", value_delimiter = ',')]
+    pub cu_seqlens: Option<Vec<i32>>,
+    /// Show the steps of this ring rank only [default: all, up to 8]
+    #[arg(long, value_name = "RANK")]
+    pub ring_rank: Option<u32>,
 }
 
 /// `longspan conformance`.

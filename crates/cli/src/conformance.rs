@@ -10,6 +10,7 @@ use longspan_hal::Backend;
 
 use crate::args::{Conformance, Personality, TierArg};
 use crate::failure::{Failure, Result};
+use crate::report::say;
 use crate::{backends, doctor, output, progress};
 
 /// Runs the suite as the command line says.
@@ -29,7 +30,7 @@ pub fn conformance(args: &Conformance) -> Result<()> {
     if let Some(path) = &args.json {
         write(path, &report)?;
     }
-    println!("{}", report.summary());
+    say(&format!("{}\n", report.summary()))?;
     if report.is_ok() { Ok(()) } else { Err(Failure::Run(format!("{} does not conform", report.backend))) }
 }
 

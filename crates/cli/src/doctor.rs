@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use crate::backends;
 use crate::doctor::places::Places;
 use crate::failure::Result;
-use crate::report::{Table, bytes};
+use crate::report::{Table, bytes, say};
 
 /// One thing that a backend needs.
 struct Need {
@@ -66,10 +66,9 @@ const ROCM: [Need; 4] = [
 /// Prints the report.
 ///
 /// # Errors
-/// None at present: what is missing is part of the report.
+/// [`crate::failure::Failure::Run`] if stdout can't be written; what is missing is part of the report.
 pub fn doctor() -> Result<()> {
-    print!("{}", report(&Places::of_this_machine()));
-    Ok(())
+    say(&report(&Places::of_this_machine()))
 }
 
 fn report(places: &Places) -> String {

@@ -13,6 +13,7 @@ mod failure;
 mod fault;
 mod file;
 mod job;
+mod layout;
 mod output;
 mod progress;
 mod report;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     let result = match args.command {
         Command::Conformance(args) => conformance::conformance(&args),
         Command::Doctor => doctor::doctor(),
+        Command::Layout(args) => layout::layout(&args),
         Command::Run(args) => run::run(&args),
     };
     match result {

@@ -1,6 +1,9 @@
 //! Tables for stdout, and numbers as people read them.
 
+use std::io::Write;
 use std::time::Duration;
+
+use crate::failure::{Failure, Result};
 
 /// A table: columns as wide as their widest cell, numbers to the right.
 #[derive(Clone, Debug, Default)]
@@ -52,6 +55,18 @@ impl Table {
     fn is_numeric(&self, column: usize) -> bool {
         let numeric = |cell: &String| cell == "-" || cell.starts_with(|c: char| c.is_ascii_digit());
         !self.rows.is_empty() && self.rows.iter().filter_map(|row| row.get(column)).all(numeric)
+    }
+}
+
+/// Writes to stdout. A reader that went away (`| head`) is no failure.
+///
+/// # Errors
+/// [`Failure::Run`] if stdout can't be written.
+pub fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Run(format!("stdout: {e}"))),
+        _ => Ok(()),
     }
 }
 

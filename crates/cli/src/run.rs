@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::args::Run;
 use crate::failure::Result;
 use crate::job::Job;
+use crate::report::say;
 use crate::results::Results;
 use crate::verify::{self, Verdict};
 use crate::{backends, engine, output, progress, report};
@@ -23,13 +24,13 @@ pub fn run(args: &Run) -> Result<()> {
         output::check(output, args.source.input.as_deref())?;
     }
     let job = Job::new(args)?;
-    print!("{}", title(args, &job));
+    say(&title(args, &job))?;
     let spinner = progress::spinner("running");
     let start = Instant::now();
     let results = engine::run(&job, &args.backend, Duration::from_secs(args.limit), args.fault);
     spinner.finish_and_clear();
     let results = results?;
-    print!("{}", ranks(&results, start.elapsed()));
+    say(&ranks(&results, start.elapsed()))?;
     if args.verify {
         check(&job, &results)?;
     }
@@ -38,7 +39,7 @@ pub fn run(args: &Run) -> Result<()> {
         let entries = results.entries(&encoded);
         output::write(path, &entries)?;
         let names: Vec<&str> = entries.iter().map(|entry| entry.name).collect();
-        println!("\nWrote {} to {}", names.join(", "), path.display());
+        say(&format!("\nWrote {} to {}\n", names.join(", "), path.display()))?;
     }
     Ok(())
 }
@@ -51,7 +52,7 @@ fn check(job: &Job, results: &Results) -> Result<()> {
     });
     bar.finish_and_clear();
     let verdicts = verdicts?;
-    print!("{}", verification(job, &verdicts));
+    say(&verification(job, &verdicts))?;
     verify::judge(&verdicts)
 }
 
@@ -91,7 +92,7 @@ fn options(job: &Job) -> Vec<String> {
     let mut options = Vec::new();
     let mut add = |on: bool, text: String| {
         if on {
-            options.push(text)
+            options.push(text);
         }
     };
     add(job.scale != 1.0 / (job.q.extent()[3] as f32).sqrt(), format!("scale {}", job.scale));

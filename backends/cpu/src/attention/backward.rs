@@ -277,7 +277,7 @@ impl Backward {
     /// Whether register tiles hold selected pairs only, so that a product with 0 never stands for "not selected".
     fn is_whole(&self, keys: &Keys<'_>, block: &Block<'_>, band: &Band, hull: &Range<usize>) -> bool {
         let (mr, n) = (self.kernels.mr, block.rows.len());
-        let ends = hull.start % mr == 0 && (hull.end % mr == 0 || hull.end == keys.rows.len());
+        let ends = hull.start.is_multiple_of(mr) && (hull.end.is_multiple_of(mr) || hull.end == keys.rows.len());
         ends && band.is_even(&(0..n)) && !block.lse[..n].contains(&f32::NEG_INFINITY)
     }
 

@@ -19,7 +19,7 @@ const LOW: f32 = -86.643_4;
 /// Above it, exp is more than the largest f32.
 const HIGH: f32 = 88.722_84;
 /// ln 2 in two parts; the first has 10 bits, so that its product with an exponent is exact.
-const LN2: [f32; 2] = [0.693_359_375, -2.121_944_4e-4];
+const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 const Q: [f32; 5] = [0.001_392_619_8, 0.008_363_19, 0.041_666_556, 0.166_665_77, 0.5];
 const G: [f32; 5] = [-0.006_096_714, 0.020_997_18, -0.053_850_908, 0.133_327_7, -0.333_333_3];
 

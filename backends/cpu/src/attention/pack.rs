@@ -115,7 +115,7 @@ impl Tensor {
 
 /// Distance of rows of a packed matrix with `columns` columns: whole register tiles, and an odd number of cache lines.
 pub(super) fn padded(kernels: &Kernels, columns: usize) -> usize {
-    (kernels.panels(columns) / VEC | 1) * VEC
+    ((kernels.panels(columns) / VEC) | 1) * VEC
 }
 
 /// `rows` x `cols` of a row-major matrix into panels of `nr` rows, each transposed: `[panel][cols][nr]`, filled up with 0.

@@ -362,7 +362,6 @@ fn a_barrier_orders_memory_between_ranks_in_checked_mode() {
             if !early {
                 rank.device.fill(&rank.stream, 2.0, write(&shared, part))?;
             }
-            std::thread::sleep(Duration::from_millis(5));
             rank.device.synchronize(&rank.stream, LONG)
         });
         assert_eq!(results.iter().all(Result::is_ok), ordered, "{results:?}");

@@ -1,7 +1,6 @@
 //! The kernels on plain memory, against the oracle.
 
 mod backward;
-mod bench;
 mod device;
 mod exact;
 mod forward;

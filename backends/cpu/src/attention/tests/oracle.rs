@@ -165,12 +165,12 @@ fn one_row(x: &Inputs, a: Arithmetic, [b, i, h]: [usize; 3], r: &mut Results) {
         let bend = s.softcap.map_or(1.0, |c| 1.0 - (capped[j] / f64::from(c)).powi(2));
         let ds = a.store(p[j] * (dp - delta) * bend) * f64::from(s.scale);
         let add = |to: &mut f64, y: f64| *to = a.sum([*to, y].into_iter());
-        for e in 0..d {
+        for (e, qe) in q.iter().enumerate() {
             add(&mut r.dq[at * d + e], ds * x.k[kk + e]);
-            add(&mut r.dk[kk + e], ds * q[e]);
+            add(&mut r.dk[kk + e], ds * qe);
         }
-        for e in 0..dv {
-            add(&mut r.dv[kv + e], pair.keep * p[j] * dout[e]);
+        for (e, g) in dout.iter().enumerate() {
+            add(&mut r.dv[kv + e], pair.keep * p[j] * g);
         }
     }
 }
