@@ -206,12 +206,14 @@ fn non_finite<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     problem::forward(rank, &spec, &plans, &dirty, &outputs[1])?;
     let (clean, dirty) = (rank.read(&outputs[0].out)?, rank.read(&outputs[1].out)?);
     for ((_, i, _, d), x) in dirty.indexed_iter() {
+        let wanted = clean[[0, i, 0, d]];
         let ok = match (i, d) {
             (50.., 3) => x.is_nan(),
             (60.., 4) => *x == f32::INFINITY,
-            _ => *x == clean[[0, i, 0, d]],
+            // Another way through the kernel may round differently.
+            _ => (x - wanted).abs() <= 1e-5,
         };
-        check(ok, || format!("row {i} column {d} is {x}"))?;
+        check(ok, || format!("row {i} column {d} is {x}, without them {wanted}"))?;
     }
     Ok(())
 }

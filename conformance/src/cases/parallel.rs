@@ -2,10 +2,10 @@
 
 use longspan_hal::{Backend, DType, Device, Error, Extent, Extras, Seed, Strided};
 use longspan_seqpar::{Gradients, Inputs, Layout, Mask, Mesh, OutputRows, Outputs, Plan, Problem, Trace, Usp, Work};
-use ndarray::{Array1, Array3, Array4, Axis, concatenate, s};
+use ndarray::{Array3, Array4, Axis, concatenate, s};
 
 use super::problem::{Memory, extent_of, lay};
-use crate::bound::{factor, judge};
+use crate::bound::{factor, judge, judge_sinks};
 use crate::host::Random;
 use crate::oracle::{self, Incoming};
 use crate::rank::{Failure, Rank, Tensor, array, check};
@@ -361,15 +361,14 @@ fn judge_all<B: Backend>(rank: &mut Rank<B>, setup: &Setup, whole: &Whole, all: 
     let f = factor(&spec);
     let wide = |x: Array4<f32>| x.into_iter().map(f64::from);
     let mut judged = vec![
-        ("out", judge("out", wide(out), &exact.out, &plain.out, f)?),
+        ("out", judge("out", wide(out.clone()), &exact.out, &plain.out, f)?),
         ("lse", judge("lse", wide(lse), &exact.lse, &fine.lse, f)?),
         ("dq", judge("dq", wide(dq), &e.dq, &g.dq, f)?),
         ("dk", judge("dk", wide(dk), &e.dk, &g.dk, f)?),
         ("dv", judge("dv", wide(dv), &e.dv, &g.dv, f)?),
     ];
-    if let (Some(e), Some(g)) = (&e.dsinks, &g.dsinks) {
-        let got: Array1<f64> = dsinks.iter().map(|x| f64::from(*x)).collect();
-        judged.push(("dsinks", judge("dsinks", got, e, g, f)?));
+    if let Some(sinks) = &problem.sinks {
+        judged.push(("dsinks", judge_sinks(&dsinks, sinks, &out, &exact.lse, &whole.incoming)?));
     }
     for (what, judged) in judged {
         rank.figure(format!("{what} used of bound"), judged.used());

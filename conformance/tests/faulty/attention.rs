@@ -105,6 +105,10 @@ fn extras<'a>(e: &Extras<'a, FaultyDevice>) -> Result<Extras<'a, Cpu>> {
     Ok(below)
 }
 
+fn gradient<'a>(g: Gradient<'a, FaultyDevice>) -> Result<Gradient<'a, Cpu>> {
+    Ok(Gradient { into: view_mut(g.into)?, store: g.store })
+}
+
 fn partial<'a>(p: &Partial<'a, FaultyDevice>) -> Result<Partial<'a, Cpu>> {
     Ok(Partial { acc: view_mut(p.acc)?, m: view_mut(p.m)?, l: view_mut(p.l)? })
 }
@@ -182,9 +186,7 @@ impl Attention<FaultyDevice> for FaultyAttention {
     }
 
     fn backward(&self, on: &Stream, plan: &Plan, args: &Backward<'_, FaultyDevice>) -> Result<()> {
-        let gradient = |g: Gradient<'_, FaultyDevice>| view_mut(g.into).map(|into| (into, g.store));
-        let [dq, dk, dv] =
-            [gradient(args.dq)?, gradient(args.dk)?, gradient(args.dv)?].map(|(into, store)| Gradient { into, store });
+        let [dq, dk, dv] = [gradient(args.dq)?, gradient(args.dk)?, gradient(args.dv)?];
         let below = Backward::new(
             &plan.spec,
             [view(args.q)?, view(args.k)?, view(args.v)?],
