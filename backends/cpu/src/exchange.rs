@@ -31,7 +31,7 @@ pub(crate) struct Prepared {
 }
 
 /// One rank's side of an exchange before the others agreed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Draft {
     /// Shapes of the sends, as [`longspan_hal::check_sends`] wants them.
     pub sends: Vec<(DType, Extent)>,
@@ -51,35 +51,9 @@ impl Draft {
     /// [`Error::Invalid`] for a peer out of range, a receive outside windows, receives that overlap;
     /// [`Error::OutOfMemory`].
     pub(crate) fn new(device: &CpuDevice, member: &Member, ops: &[P2p<'_, CpuDevice>]) -> Result<Self> {
-        let mut draft = Self {
-            sends: Vec::new(),
-            to: Vec::new(),
-            from: Vec::new(),
-            recvs: Vec::new(),
-            staging: None,
-            staged_sends: Vec::new(),
-            staged_recvs: Vec::new(),
-        };
+        let mut draft = Self::default();
         for op in ops {
-            let (P2p::Recv { from: peer, .. } | P2p::Send { to: peer, .. }) = *op;
-            if peer >= member.group.size() {
-                let why = format!("a message with rank {peer} of a group of {}", member.group.size());
-                return Err(Error::invalid("exchange", why));
-            }
-            match op {
-                P2p::Recv { into, .. } => {
-                    if !into.buffer().is_window_of(member.group.key()) {
-                        let why = format!("the receive from rank {peer} does not lie in a window of this group");
-                        return Err(Error::invalid("exchange", why));
-                    }
-                    draft.from.push(peer);
-                    draft.recvs.push(Part { buffer: into.buffer().clone(), at: *into.at() });
-                }
-                P2p::Send { dtype, extent, .. } => {
-                    draft.to.push(peer);
-                    draft.sends.push((*dtype, *extent));
-                }
-            }
+            draft.add(member, op)?;
         }
         draft.check_overlap()?;
         draft.stage(device, member)?;
@@ -93,6 +67,29 @@ impl Draft {
         let recvs = self.from.iter().zip(&self.recvs);
         let recvs = recvs.map(|(&peer, r)| Shape { peer, send: false, dtype: r.at.dtype(), extent: r.at.extent() });
         sends.chain(recvs).collect()
+    }
+
+    fn add(&mut self, member: &Member, op: &P2p<'_, CpuDevice>) -> Result<()> {
+        let (P2p::Recv { from: peer, .. } | P2p::Send { to: peer, .. }) = *op;
+        if peer >= member.group.size() {
+            let why = format!("a message with rank {peer} of a group of {}", member.group.size());
+            return Err(Error::invalid("exchange", why));
+        }
+        match op {
+            P2p::Recv { into, .. } => {
+                if !into.buffer().is_window_of(member.group.key()) {
+                    let why = format!("the receive from rank {peer} does not lie in a window of this group");
+                    return Err(Error::invalid("exchange", why));
+                }
+                self.from.push(peer);
+                self.recvs.push(Part { buffer: into.buffer().clone(), at: *into.at() });
+            }
+            P2p::Send { dtype, extent, .. } => {
+                self.to.push(peer);
+                self.sends.push((*dtype, *extent));
+            }
+        }
+        Ok(())
     }
 
     fn check_overlap(&self) -> Result<()> {

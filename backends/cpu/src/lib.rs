@@ -6,6 +6,8 @@
 //!
 //! | file | concept |
 //! |---|---|
+//! | `attention/` | tiled online softmax, forward and backward |
+//! | `backend.rs` | names under which all this is opened |
 //! | `device.rs` | one rank's handle: allocation, copies, fills |
 //! | `memory.rs` | buffers: heap blocks, windows, adopted memory |
 //! | `stream.rs`, `event.rs` | queues, points in them |
@@ -15,6 +17,8 @@
 //! | `group.rs`, `matching.rs`, `round.rs`, `board.rs` | what ranks share: common calls, rounds, the progress board |
 //! | `personality.rs` | imitations of other machines |
 
+mod attention;
+mod backend;
 mod board;
 mod caps;
 mod clock;
@@ -32,6 +36,8 @@ mod stream;
 mod sync;
 mod table;
 
+pub use attention::{CpuAttention, CpuPlan};
+pub use backend::Cpu;
 pub use collective::CpuCollective;
 pub use device::{CpuDevice, Options};
 pub use event::CpuEvent;

@@ -140,22 +140,25 @@ impl Round<'_> {
                 state = self.group.lock();
                 state.rounds.at(&claim.spot).copies[claim.direction] = Copying::Done;
                 self.group.signal(claim.spot.peer).notify_all();
-                continue;
+            } else if !self.give_up(&mut state, &spots) {
+                state = self.deadline.wait(self.group.signal(self.me), state);
             }
-            let late = self.deadline.passed();
-            let missing: Vec<u32> = spots.iter().filter(|s| !state.rounds.met(s)).map(|s| s.peer).collect();
-            if self.group.give_up(&mut state, &missing, late) {
-                continue;
-            }
-            if late {
-                let timeout = self.deadline.timeout(self.tag.call);
-                self.group.fail(&mut state, Fault::Broken(timeout));
-                continue;
-            }
-            state = self.deadline.wait(self.group.signal(self.me), state);
         };
         let known = self.leave(state, &spots);
         result.map(|()| known)
+    }
+
+    /// Whether a peer will not come or the deadline passed; then the group is over.
+    fn give_up(&self, state: &mut State, spots: &[Spot]) -> bool {
+        let late = self.deadline.passed();
+        let missing: Vec<u32> = spots.iter().filter(|s| !state.rounds.met(s)).map(|s| s.peer).collect();
+        if self.group.give_up(state, &missing, late) {
+            return true;
+        }
+        if late {
+            self.group.fail(state, Fault::Broken(self.deadline.timeout(self.tag.call)));
+        }
+        late
     }
 
     /// Lays the posts down.
@@ -238,9 +241,13 @@ impl Rounds {
         a.tag == b.tag && meeting.copies == [Copying::Done; 2]
     }
 
-    /// Leaves the meeting; returns the other side's post.
+    /// Leaves the meeting; returns the other side's post. A meeting that came to nothing lets go of this side's memory.
     fn leave(&mut self, spot: &Spot) -> Option<Arc<Post>> {
+        let through = self.through(spot);
         let meeting = self.at(spot);
+        if !through {
+            meeting.posts[spot.side] = None;
+        }
         meeting.left[spot.side] = true;
         let other = meeting.posts[1 - spot.side].clone();
         if meeting.left == [true; 2] {

@@ -52,6 +52,7 @@ fn adopted_memory_keeps_its_owner_and_shares_its_table() {
     assert_eq!(Arc::strong_count(&owner), 3);
     let (a, b) = (stream(&device), stream(&device));
     device.fill(&a, 2.0, write(&whole, dense([1, 1, 1, 8]))).expect("queued");
+    watch(&device, &a);
     let race = download(&device, &b, &upper, dense([1, 1, 1, 4]));
     assert!(matches!(race, Err(Error::Race { .. })), "{race:?}");
     assert_eq!(download(&device, &a, &upper, dense([1, 1, 1, 4])), Ok(vec![2.0; 4]));

@@ -95,6 +95,14 @@ impl Rank {
     }
 }
 
+/// Returns once everything queued on `on` ran, without an order that checked mode knows of.
+fn watch(device: &CpuDevice, on: &CpuStream) {
+    let event = device.record(on).expect("queued");
+    while device.elapsed(&event, &event).is_err() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn download(device: &CpuDevice, on: &CpuStream, buffer: &Buffer, at: Strided) -> Result<Vec<f32>> {
     let mut bytes = vec![0; at.bytes()];
     device.download(on, read(buffer, at), &mut bytes, LONG)?;
