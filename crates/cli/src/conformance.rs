@@ -68,15 +68,17 @@ impl Visit for Suite<'_> {
     }
 }
 
-/// The backend's name with the personality, which only the CPU has.
+/// The backend's selector with the personality, which only the CPU has.
 fn selector(args: &Conformance) -> String {
-    match args.personality {
-        Personality::AscendLike => format!("{}-ascend-like", args.backend),
-        Personality::Checked => format!("{}-checked", args.backend),
-        Personality::NcclLike => format!("{}-nccl-like", args.backend),
-        Personality::Plain => args.backend.clone(),
-        Personality::Push => format!("{}-push", args.backend),
-    }
+    let habit = match args.personality {
+        Personality::AscendLike => "-ascend-like",
+        Personality::Checked => "-checked",
+        Personality::NcclLike => "-nccl-like",
+        Personality::Plain => "",
+        Personality::Push => "-push",
+    };
+    let (name, devices) = args.backend.split_at(args.backend.find(':').unwrap_or(args.backend.len()));
+    format!("{name}{habit}{devices}")
 }
 
 fn write(path: &Path, report: &Report) -> Result<()> {
