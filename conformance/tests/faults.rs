@@ -138,9 +138,8 @@ fn a_mismatched_exchange_order_is_an_error() {
             b.check(rank, &rounds[1])
         })
     };
-    let go = |swap| {
-        run_cases(&options("planted"), vec![swapped(swap)], &mut |_, _, _| {}).expect("the options are right")
-    };
+    let go =
+        |swap| run_cases(&options("planted"), vec![swapped(swap)], &mut |_, _, _| {}).expect("the options are right");
     assert!(go(false).is_ok(), "{}", go(false).summary());
     let start = Instant::now();
     let failed = go(true);

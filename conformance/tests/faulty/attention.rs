@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use longspan_cpu::CpuChecked;
+use longspan_cpu::Cpu as CpuBackend;
 use longspan_hal::{
     Accumulate, Attention, Backend, Backward, Device, Extras, Forward, Gradient, Partial, Prepare, Result, Seed, Slice,
     Slices, Spec, Stage, ViewMut,
@@ -12,7 +12,7 @@ use longspan_hal::{
 
 use super::{Cpu, Fault, FaultyDevice, fault, view, view_mut, views};
 
-type Below = <CpuChecked as Backend>::Attention;
+type Below = <CpuBackend as Backend>::Attention;
 type Stream = <Cpu as Device>::Stream;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -88,7 +88,8 @@ fn disturbed(slice: &Slice) -> Slice {
 
 /// Query rows of each batch row that no slice selects, one range each.
 fn unseen(spec: &Spec, slices: &Slices) -> Vec<(usize, Range<usize>)> {
-    let seen = |b: usize, i: usize| slices.as_slice().iter().any(|s| s.batch as usize == b && s.q.contains(&(i as u32)));
+    let seen =
+        |b: usize, i: usize| slices.as_slice().iter().any(|s| s.batch as usize == b && s.q.contains(&(i as u32)));
     let rows = (0..spec.batch).flat_map(|b| (0..spec.q_rows).map(move |i| (b, i)));
     rows.filter(|&(b, i)| !seen(b, i)).map(|(b, i)| (b, i..i + 1)).collect()
 }
@@ -148,7 +149,8 @@ impl Attention<FaultyDevice> for FaultyAttention {
     fn forward(&self, on: &Stream, plan: &Plan, args: &Forward<'_, FaultyDevice>) -> Result<()> {
         let inputs = [view(args.q)?, view(args.k)?, view(args.v)?];
         let extras = extras(&args.extras)?;
-        if let (Fault::EmptyRowsIgnored, Stage::Continue(p) | Stage::Finish { partial: p, .. }) = (fault(), &args.stage) {
+        if let (Fault::EmptyRowsIgnored, Stage::Continue(p) | Stage::Finish { partial: p, .. }) = (fault(), &args.stage)
+        {
             self.spoil_empty_rows(on, &partial(p)?)?;
         }
         let below = Forward::new(&plan.spec, inputs, stage(&args.stage)?, extras, args.scratch)?;
@@ -181,8 +183,8 @@ impl Attention<FaultyDevice> for FaultyAttention {
 
     fn backward(&self, on: &Stream, plan: &Plan, args: &Backward<'_, FaultyDevice>) -> Result<()> {
         let gradient = |g: Gradient<'_, FaultyDevice>| view_mut(g.into).map(|into| (into, g.store));
-        let [dq, dk, dv] = [gradient(args.dq)?, gradient(args.dk)?, gradient(args.dv)?]
-            .map(|(into, store)| Gradient { into, store });
+        let [dq, dk, dv] =
+            [gradient(args.dq)?, gradient(args.dk)?, gradient(args.dv)?].map(|(into, store)| Gradient { into, store });
         let below = Backward::new(
             &plan.spec,
             [view(args.q)?, view(args.k)?, view(args.v)?],

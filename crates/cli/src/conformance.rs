@@ -18,13 +18,13 @@ use crate::{backends, doctor, output, progress};
 /// # Errors
 /// [`Failure::Input`] for bad usage; [`Failure::Run`] if a case failed.
 pub fn conformance(args: &Conformance) -> Result<()> {
-    let selector = selector(args);
+    let selector = selector(args)?;
     backends::check(&selector)?;
     if let Some(path) = &args.json {
         output::check(path, None)?;
     }
     let bar = progress::bar("judging");
-    let report = longspan::select(&selector, Suite { args, bar: &bar });
+    let report = longspan::select(&selector, Suite { args, bar: &bar, name: name(&selector) });
     bar.finish_and_clear();
     let report = report?;
     if let Some(path) = &args.json {
@@ -37,6 +37,8 @@ pub fn conformance(args: &Conformance) -> Result<()> {
 struct Suite<'a> {
     args: &'a Conformance,
     bar: &'a ProgressBar,
+    /// The backend's name in the report, without devices.
+    name: String,
 }
 
 impl Visit for Suite<'_> {
@@ -51,8 +53,9 @@ impl Visit for Suite<'_> {
             filter: self.args.filter.clone(),
             ranks: self.args.ranks,
             seed: self.args.seed,
-            expectations: expectations::built_in(B::NAME).to_owned(),
-            devices: devices.iter().map(|device| device.index).collect(),
+            expectations: expectations::built_in(&self.name).to_owned(),
+            devices,
+            name: self.name,
             limit: Duration::from_secs(self.args.limit),
             machine: doctor::machine_line(),
             date: today(),
@@ -68,17 +71,25 @@ impl Visit for Suite<'_> {
     }
 }
 
-/// The backend's selector with the personality, which only the CPU has.
-fn selector(args: &Conformance) -> String {
+/// The backend's selector with the personality, which only the CPU has; each is a device of its own.
+fn selector(args: &Conformance) -> Result<String> {
     let habit = match args.personality {
-        Personality::AscendLike => "-ascend-like",
-        Personality::Checked => "-checked",
-        Personality::NcclLike => "-nccl-like",
-        Personality::Plain => "",
-        Personality::Push => "-push",
+        Personality::AscendLike => "ascend-like",
+        Personality::Checked => "checked",
+        Personality::NcclLike => "nccl-like",
+        Personality::Plain => return Ok(args.backend.clone()),
+        Personality::Push => "push",
     };
-    let (name, devices) = args.backend.split_at(args.backend.find(':').unwrap_or(args.backend.len()));
-    format!("{name}{habit}{devices}")
+    if args.backend != "cpu" {
+        let why = format!("--personality {habit} is one of the backend `cpu`, not of `{}`", args.backend);
+        return Err(Failure::Input(why));
+    }
+    Ok(format!("cpu-{habit}"))
+}
+
+/// A selector without its devices.
+fn name(selector: &str) -> String {
+    selector.split(':').next().unwrap_or(selector).to_owned()
 }
 
 fn write(path: &Path, report: &Report) -> Result<()> {

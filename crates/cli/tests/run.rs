@@ -209,7 +209,7 @@ fn the_suite_judges_a_personality_and_writes_its_results() {
     let folder = tempfile::tempdir().expect("a folder");
     let json = folder.path().join("results.json");
     let args =
-        ["conformance", "--backend", "cpu:0", "--personality", "push", "--filter", "device/", "--json", text(&json)];
+        ["conformance", "--backend", "cpu", "--personality", "push", "--filter", "device/", "--json", text(&json)];
     let said = longspan(&args);
     assert_eq!(said.code, Some(0), "{said:?}");
     let last = said.stdout.lines().last().expect("a last line");
@@ -218,4 +218,5 @@ fn the_suite_judges_a_personality_and_writes_its_results() {
     assert_eq!(results["backend"], "cpu-push");
     assert_eq!(longspan(&["conformance", "--filter", "no such case"]).code, Some(1));
     assert_eq!(longspan(&["conformance", "--backend", "abacus"]).code, Some(2));
+    assert_eq!(longspan(&["conformance", "--backend", "cpu:0", "--personality", "push"]).code, Some(2));
 }
