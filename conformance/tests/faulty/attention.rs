@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use longspan_cpu::CpuChecked;
+use longspan_cpu::Cpu as CpuBackend;
 use longspan_hal::{
     Accumulate, Attention, Backend, Backward, Device, Extras, Forward, Gradient, Partial, Prepare, Result, Seed, Slice,
     Slices, Spec, Stage, ViewMut,
@@ -12,7 +12,7 @@ use longspan_hal::{
 
 use super::{Cpu, Fault, FaultyDevice, fault, view, view_mut, views};
 
-type Below = <CpuChecked as Backend>::Attention;
+type Below = <CpuBackend as Backend>::Attention;
 type Stream = <Cpu as Device>::Stream;
 
 const LIMIT: Duration = Duration::from_secs(20);

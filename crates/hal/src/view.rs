@@ -435,10 +435,9 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_an_empty_tensor_stay_at_its_start() {
-        let none = Strided::dense(DType::F32, [2, 0, 3, 8]);
-        let part = none.narrow(2, 1..3).and_then(|p| p.narrow(0, 1..2)).expect("inside");
-        assert_eq!((part.extent(), part.byte_range()), ([1, 0, 2, 8], 0..0));
+    fn parts_of_nothing_stay_where_they_are() {
+        let nothing = Strided::dense(DType::F32, [1, 0, 4, 8]);
+        assert_eq!(nothing.narrow(2, 2..4).expect("inside").byte_range(), 0..0);
     }
 
     #[test]
