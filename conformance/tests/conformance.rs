@@ -4,7 +4,7 @@ use longspan_conformance::cases::engine;
 use longspan_conformance::{Case, Failure, Options, Outcome, Report, expectations, run_cases, table};
 use longspan_cpu::Cpu;
 
-fn passes(name: &str) {
+fn passes(name: &'static str) {
     let options = Options {
         devices: Cpu::named(name).into_iter().collect(),
         name: name.into(),
@@ -77,7 +77,7 @@ fn expectations_decide_what_is_good() {
 
 #[test]
 fn a_case_with_more_ranks_than_devices_finds_no_machine() {
-    let options = Options { devices: vec![0], share_devices: false, ..Options::default() };
+    let options = Options { share_devices: false, ..Options::default() };
     let case = Case::<Cpu>::new("group/case", 2, |_| Ok(()));
     let report = run_cases(&options, vec![case], &mut |_, _, _| {}).expect("the options are right");
     assert_eq!((report.cases[0].outcome, report.counts.passed), (Outcome::NoMachine, 0));

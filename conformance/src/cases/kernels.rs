@@ -96,8 +96,7 @@ fn seed_on_device<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     rank.device.upload(&rank.stream, &values.seed.to_le_bytes(), at)?;
     let [q, k, v] = [loaded.qkv[0].view()?, loaded.qkv[1].view()?, loaded.qkv[2].view()?];
     let stage = Stage::All { out: device.out.view_mut()?, lse: device.lse.view_mut()? };
-    let mut extras = Extras::default();
-    extras.seed = Some(Seed::Device(&seed));
+    let extras = Extras { seed: Some(Seed::Device(&seed)), ..Extras::default() };
     let args = Forward::new(&spec, [q, k, v], stage, extras, planned.1.as_ref())?;
     rank.attention.forward(&rank.stream, &planned.0, &args)?;
     check(rank.read_bytes(&host.out)? == rank.read_bytes(&device.out)?, || {

@@ -174,10 +174,11 @@ impl<B: Backend> Loaded<B> {
     }
 
     fn inputs(&self, problem: &Problem) -> Result<Inputs<'_, B::Device>, Error> {
-        let mut extras = Extras::default();
-        extras.alibi_slopes = if problem.alibi { Some(self.slopes.view()?) } else { None };
-        extras.sinks = if problem.sinks { Some(self.sinks.view()?) } else { None };
-        extras.seed = problem.dropout.map(|_| Seed::Host(self.seed));
+        let extras = Extras {
+            alibi_slopes: if problem.alibi { Some(self.slopes.view()?) } else { None },
+            sinks: if problem.sinks { Some(self.sinks.view()?) } else { None },
+            seed: problem.dropout.map(|_| Seed::Host(self.seed)),
+        };
         let [q, k, v] = &self.shard.qkv;
         let joint = match &self.joint {
             Some(j) => Some([j.qkv[0].view()?, j.qkv[1].view()?, j.qkv[2].view()?]),
@@ -309,14 +310,14 @@ fn together(setup: &Setup, all: &[Vec<f32>]) -> Result<Together, Failure> {
     };
     let layouts = [&setup.q, &setup.q, &setup.q, &setup.k, &setup.k];
     let mut sequence = Vec::new();
-    for i in 0..5 {
+    for (i, layout) in layouts.into_iter().enumerate() {
         let mut shards = Vec::new();
         for r in 0..all.len() {
             let [b, s, h, d] = shapes(setup.q.rows(r as u32), setup.k.rows(r as u32))[i];
             shards.push(take(r, b * s * h * d)?);
         }
         let [b, s, h, d] = shapes(setup.q.seq(), setup.k.seq())[i];
-        sequence.push(array([b, s, h, d], layouts[i].unshard(&shards, b, h * d)?)?);
+        sequence.push(array([b, s, h, d], layout.unshard(&shards, b, h * d)?)?);
     }
     let mut replica = |n: usize| -> Result<Vec<f32>, Failure> {
         let first = take(0, n)?;

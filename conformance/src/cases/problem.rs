@@ -253,11 +253,11 @@ impl<B: Backend> Loaded<B> {
     /// # Errors
     /// None, in practice.
     pub fn extras(&self, spec: &Spec) -> Result<Extras<'_, B::Device>, Error> {
-        let mut extras = Extras::default();
-        extras.alibi_slopes = if spec.alibi { Some(self.slopes.view()?) } else { None };
-        extras.sinks = if spec.sinks { Some(self.sinks.view()?) } else { None };
-        extras.seed = spec.dropout.map(|_| Seed::Host(self.seed));
-        Ok(extras)
+        Ok(Extras {
+            alibi_slopes: if spec.alibi { Some(self.slopes.view()?) } else { None },
+            sinks: if spec.sinks { Some(self.sinks.view()?) } else { None },
+            seed: spec.dropout.map(|_| Seed::Host(self.seed)),
+        })
     }
 }
 

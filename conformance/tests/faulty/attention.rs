@@ -66,7 +66,7 @@ impl FaultyAttention {
 /// `spec` as a kernel sees it that takes local heads for global ones.
 fn local_heads(spec: &Spec) -> Spec {
     let mut local = spec.clone();
-    if spec.head_first % spec.group == 0 {
+    if spec.head_first.is_multiple_of(spec.group) {
         (local.head_first, local.kv_first) = (0, 0);
     }
     local
@@ -95,14 +95,14 @@ fn unseen(spec: &Spec, slices: &Slices) -> Vec<(usize, Range<usize>)> {
 }
 
 fn extras<'a>(e: &Extras<'a, FaultyDevice>) -> Result<Extras<'a, Cpu>> {
-    let mut below = Extras::default();
-    below.alibi_slopes = e.alibi_slopes.map(view).transpose()?;
-    below.sinks = e.sinks.map(view).transpose()?;
-    below.seed = e.seed.map(|seed| match seed {
-        Seed::Device(buffer) => Seed::Device(buffer),
-        Seed::Host(seed) => Seed::Host(seed),
-    });
-    Ok(below)
+    Ok(Extras {
+        alibi_slopes: e.alibi_slopes.map(view).transpose()?,
+        sinks: e.sinks.map(view).transpose()?,
+        seed: e.seed.map(|seed| match seed {
+            Seed::Device(buffer) => Seed::Device(buffer),
+            Seed::Host(seed) => Seed::Host(seed),
+        }),
+    })
 }
 
 fn gradient<'a>(g: Gradient<'a, FaultyDevice>) -> Result<Gradient<'a, Cpu>> {
