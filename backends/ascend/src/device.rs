@@ -55,9 +55,9 @@ impl AscendDevice {
         if at.is_dense() { Ok(None) } else { self.alloc(at.bytes()).map(Some) }
     }
 
-    fn wrap(&self, raw: aclrtStream, own: bool) -> AscendStream {
+    fn wrap(&self, raw: aclrtStream, own: bool) -> Result<AscendStream> {
         let d = &self.0;
-        AscendStream(StreamState::new(&d.context, &d.pool, &d.meter, &d.graveyard, raw, own))
+        StreamState::new(&d.context, &d.pool, &d.meter, &d.graveyard, raw, own).map(AscendStream)
     }
 }
 
@@ -135,14 +135,15 @@ impl Device for AscendDevice {
         // SAFETY: the pointer is valid for the write.
         let code = unsafe { (self.0.context.api.runtime.aclrtCreateStreamWithConfig)(&mut raw, level, FAST) };
         check("aclrtCreateStreamWithConfig", code)?;
-        Ok(self.wrap(raw, true))
+        self.wrap(raw, true)
     }
 
     unsafe fn adopt_stream(&self, raw: *mut c_void) -> Result<AscendStream> {
         if raw.is_null() {
             return Err(Error::invalid("stream", "the handle is null; AscendCL's default stream is not supported"));
         }
-        Ok(self.wrap(raw, false))
+        self.0.context.bind()?;
+        self.wrap(raw, false)
     }
 
     fn record(&self, on: &AscendStream) -> Result<AscendEvent> {

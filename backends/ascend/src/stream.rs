@@ -17,8 +17,10 @@ use crate::context::{Context, check, lock};
 use crate::event::{AscendEvent, Pool, RawEvent};
 use crate::memory::{AscendBuffer, Meter, Pinned};
 
-/// The least workspace; it doubles from here.
+/// The workspace that a stream starts with; it doubles when an operator wants more.
 const WORKSPACE: usize = 1 << 20;
+/// The scratch that a stream starts with, for calls that bring none.
+const TEMPORARY: usize = 4 << 20;
 /// How long the end of a device may wait for one stream.
 const END: Duration = Duration::from_secs(10);
 
@@ -73,8 +75,8 @@ impl StreamState {
         graveyard: &Arc<Graveyard>,
         raw: aclrtStream,
         own: bool,
-    ) -> Arc<Self> {
-        Arc::new(Self {
+    ) -> Result<Arc<Self>> {
+        let state = Arc::new(Self {
             context: Arc::clone(context),
             pool: Arc::clone(pool),
             meter: Arc::clone(meter),
@@ -86,7 +88,11 @@ impl StreamState {
             temporary: Mutex::default(),
             error: Mutex::default(),
             followers: Mutex::default(),
-        })
+        });
+        // Taken now, so that runs allocate nothing.
+        state.grown(&mut lock(&state.workspace), WORKSPACE)?;
+        state.grown(&mut lock(&state.temporary), TEMPORARY)?;
+        Ok(state)
     }
 
     /// The vendor's handle.

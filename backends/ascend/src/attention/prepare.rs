@@ -17,8 +17,8 @@ use crate::copy::Place;
 use crate::ops::Ops;
 use crate::tensor::Tensor;
 
-/// Elements of one step.
-const STEP: usize = 1 << 20;
+/// Elements of one step; what it works in fits what a stream has from its start.
+const STEP: usize = 1 << 18;
 /// Bytes that [`accumulate`] works in.
 pub(super) const SUM_BYTES: usize = STEP * 4;
 
