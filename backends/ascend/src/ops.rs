@@ -93,8 +93,8 @@ macro_rules! with_number {
     };
 }
 
-/// `sparseMode`: causal from the upper left corner, with the compressed mask.
-const CAUSAL: i64 = 2;
+/// `sparseMode`: a band, with the compressed mask.
+const BAND: i64 = 4;
 
 /// Arguments of fused attention: dense `[1, heads, rows, dim]`, statistics f32 `[1, heads, rows, 8]`.
 #[derive(Debug)]
@@ -102,8 +102,8 @@ pub(crate) struct Fused<'a> {
     pub q: &'a Tensor,
     pub k: &'a Tensor,
     pub v: &'a Tensor,
-    /// The compressed mask, for causal attention.
-    pub mask: Option<&'a Tensor>,
+    /// For a band: the compressed mask, `preTokens` and `nextTokens`.
+    pub mask: Option<(&'a Tensor, [i64; 2])>,
     pub scale: f32,
     /// Query heads.
     pub heads: usize,
@@ -302,10 +302,11 @@ impl<'a> Ops<'a> {
     pub fn fused(&self, call: &Fused<'_>) -> Result<()> {
         let mut layout = *b"BNSD\0";
         let (q, k, v) = (self.tensor(call.q)?, self.tensor(call.k)?, self.tensor(call.v)?);
-        let mask = call.mask.map(|m| self.tensor(m)).transpose()?;
+        let mask = call.mask.map(|(m, _)| self.tensor(m)).transpose()?;
         let (max, sum, out) = (self.tensor(call.max)?, self.tensor(call.sum)?, self.tensor(call.out)?);
         let (none, list) = (std::ptr::null(), std::ptr::null());
-        let (far, mode) = (i64::from(i32::MAX), if mask.is_some() { CAUSAL } else { 0 });
+        let mode = if mask.is_some() { BAND } else { 0 };
+        let [before, after] = call.mask.map_or([i64::from(i32::MAX); 2], |(_, tokens)| tokens);
         let mask = mask.as_ref().map_or(none, |m| m.raw.cast_const());
         self.run("aclnnFlashAttentionScore", self.operators.aclnnFlashAttentionScore, |size, executor| {
             // SAFETY: all objects and the layout's text live.
@@ -321,8 +322,8 @@ impl<'a> Ops<'a> {
                     list,
                     f64::from(call.scale),
                     1.0,
-                    far,
-                    far,
+                    before,
+                    after,
                     call.heads as i64,
                     layout.as_mut_ptr().cast(),
                     0,

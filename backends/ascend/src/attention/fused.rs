@@ -1,14 +1,16 @@
-//! The fused forward, `FlashAttentionScore`, for what it can: one call a slice that is full or causal from its corner, and no
+//! The fused forward, `FlashAttentionScore`, for what it can: one call a slice, full or a band, and no
 //! option but scale. Everything else is refused by name; there is no silent way back to the basic one.
 //!
 //! It writes `out` in the I/O dtype and statistics as eight f32 copies of maximum and sum: `lse = max + ln sum`. So it has no
 //! partials: a forward that is cut into calls is refused. The backward is the basic one in f32: the vendor's fused backward
 //! wants `out`, and Longspan hands on `delta`, computed before heads travel.
 
+use std::ops::Range;
+
 use longspan_hal::{Forward, Result, Slice, Slices, Spec, Stage};
 
 use super::constants::Constants;
-use super::plan::{AscendPlan, Unit};
+use super::plan::{AscendPlan, Unit, keys_seen, rows_that_see, units};
 use super::space::Space;
 use super::tile::part;
 use super::{place, unsupported};
@@ -33,7 +35,7 @@ pub(super) fn supports(spec: &Spec) -> Result<()> {
         (spec.sinks, "attention sinks"),
         (spec.dropout.is_some(), "dropout"),
         (spec.head_dim_v > spec.head_dim, "values wider than keys"),
-        (irregular(spec), "irregular groups of query heads"),
+        (units(spec).len() > 1, "irregular groups of query heads"),
     ];
     match refused.into_iter().find(|(on, _)| *on) {
         Some((_, what)) => Err(unsupported(format!("{what} in fused attention"), BASIC)),
@@ -41,27 +43,12 @@ pub(super) fn supports(spec: &Spec) -> Result<()> {
     }
 }
 
-/// Whether KV heads have unequal numbers of local query heads.
-fn irregular(spec: &Spec) -> bool {
-    spec.heads > 0
-        && !(spec.head_first.is_multiple_of(spec.group) && spec.heads.is_multiple_of(spec.group))
-        && spec.kv_heads > 1
-}
-
-/// Whether every row's keys come from one slice that is full or causal from its upper left corner.
+/// Whether every row's keys come from one slice.
 pub(super) fn check_slices(slices: &Slices) -> Result<()> {
     if slices.by_queries().any(|group| group.len() > 1) {
         return Err(unsupported("rows whose keys lie in several slices, in fused attention", BASIC));
     }
-    match slices.as_slice().iter().find(|s| !s.is_full() && !is_causal(s)) {
-        Some(s) => Err(unsupported(format!("a band from {} to {} in fused attention", s.lo, s.hi), BASIC)),
-        None => Ok(()),
-    }
-}
-
-/// `j <= i`, and nothing below is cut off.
-fn is_causal(s: &Slice) -> bool {
-    s.hi == 0 && s.lo <= 1 - s.q.len() as i64
+    Ok(())
 }
 
 /// Dense copies of one slice's tensors.
@@ -113,11 +100,17 @@ pub(super) fn forward(
         ops.fill(&part(place(&out.read()), gap.batch, &heads, &gap.rows), 0.0f32)?;
         ops.fill(&part(place(&lse.read()), gap.batch, &heads, &gap.rows), f32::NEG_INFINITY)?;
     }
-    let unit = Unit { heads, kv: 0..plan.units.last().map_or(0, |u| u.kv.end) };
-    for slice in plan.slices.as_slice().iter().filter(|_| spec.heads > 0) {
-        one(ops, constants, spec, slice, &unit, args, scratch)?;
-    }
-    Ok(())
+    let Some(unit) = plan.units.first() else { return Ok(()) };
+    plan.slices.as_slice().iter().try_for_each(|slice| one(ops, constants, spec, slice, unit, args, scratch))
+}
+
+/// The band of a slice's rows and keys as `preTokens` and `nextTokens`, which count from the lower right corner.
+fn tokens(s: &Slice, rows: &Range<usize>, keys: &Range<usize>) -> [i64; 2] {
+    let (i, j) = (rows.start as i64 - i64::from(s.q.start), keys.start as i64 - i64::from(s.k.start));
+    let corner = keys.len() as i64 - rows.len() as i64;
+    let far = i64::from(i32::MAX);
+    let [lo, hi] = [s.lo, s.hi].map(|d| d + i - j - corner);
+    [(-lo).clamp(-far, far), hi.clamp(-far, far)]
 }
 
 fn one(
@@ -130,7 +123,9 @@ fn one(
     scratch: &AscendBuffer,
 ) -> Result<()> {
     let Stage::All { out, lse } = &args.stage else { return Ok(()) };
-    let (rows, keys) = (slice.q.start as usize..slice.q.end as usize, slice.k.start as usize..slice.k.end as usize);
+    // Rows that see no key would come out as the average of all values: they are gaps of the plan.
+    let rows = rows_that_see(slice);
+    let keys = keys_seen(slice, &rows);
     let batch = slice.batch as usize;
     let sizes = [unit.heads.len(), unit.kv.len(), rows.len(), keys.len()];
     let t = slots(&mut Space::new(scratch.address()), spec, sizes);
@@ -138,12 +133,12 @@ fn one(
     ops.copy(&part(place(&args.q), batch, &unit.heads, &rows), &flat(&t.q))?;
     ops.copy(&part(place(&args.k), batch, &unit.kv, &keys), &flat(&t.k))?;
     ops.copy(&part(place(&args.v), batch, &unit.kv, &keys), &flat(&t.v))?;
-    let causal = !slice.is_full();
-    if causal {
+    let banded = !slice.is_full();
+    if banded {
         constants.compressed(ops, &t.mask)?;
     }
     let (q, k, v) = (&t.q, &t.k, &t.v);
-    let mask = causal.then_some(&t.mask);
+    let mask = banded.then_some((&t.mask, tokens(slice, &rows, &keys)));
     let call =
         Fused { q, k, v, mask, scale: spec.scale, heads: unit.heads.len(), max: &t.max, sum: &t.sum, out: &t.out };
     ops.fused(&call)?;

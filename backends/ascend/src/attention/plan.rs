@@ -112,7 +112,7 @@ fn tile_for(spec: &Spec, heads: usize) -> usize {
 }
 
 /// Units of the local heads.
-fn units(spec: &Spec) -> Vec<Unit> {
+pub(super) fn units(spec: &Spec) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
     let mut head = 0;
     while head < spec.heads {
@@ -175,7 +175,7 @@ fn seeing(group: &[Slice]) -> Vec<Range<usize>> {
 }
 
 /// Local rows that see a key of the slice.
-fn rows_that_see(s: &Slice) -> Range<usize> {
+pub(super) fn rows_that_see(s: &Slice) -> Range<usize> {
     rows_seeing(s, &(s.k.start as usize..s.k.end as usize))
 }
 

@@ -106,3 +106,15 @@ proptest! {
         prop_assert_eq!(next, heads);
     }
 }
+
+/// What basic attention takes beside its tensors at S = 32768, 8 heads of 128.
+#[test]
+fn scratch_of_a_long_sequence_stays_small() {
+    let spec = Spec::new(DType::Bf16, 1, [32768, 32768], [8, 8], 128).with_softcap(Some(30.0)).with_alibi(true);
+    let causal = Slice { hi: 0, ..Slice::full(0, 0..32768, 0..32768) };
+    for spec in [spec.clone(), spec.with_dropout(Some(0.1))] {
+        let slices = Slices::new(&spec, [causal.clone()]).expect("one slice");
+        let bytes = AscendPlan::new(&spec, &slices).scratch_bytes();
+        assert!(bytes <= 256 << 20, "{bytes} bytes");
+    }
+}
