@@ -361,7 +361,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                     }
             }
         }
-        if (DQ || SPLIT > 1 || STAGES == 1) barrier();
+        barrier();  // dS (and P) are there; row statistics, and with STAGES = 1 Q and dout, may be overwritten
         if (SPLIT > 1) {
             const u32 warp_s = offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(lane);
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) {

@@ -356,7 +356,7 @@ impl BackwardTile {
     fn dq_warps_m(&self, d: u32) -> u32 {
         let warps = self.key_warps * self.split;
         let fits = |m: u32| warps % m == 0 && self.queries % (16 * m) == 0 && d % (16 * (warps / m)) == 0;
-        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m)).unwrap_or(warps)
+        [2, 4, 8, 1].into_iter().find(|m| fits(*m)).unwrap_or(warps)
     }
 }
 
