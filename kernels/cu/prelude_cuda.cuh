@@ -145,6 +145,11 @@ DEVICE u32 opaque(u32 x) {
     return x;
 }
 
+template <typename T> DEVICE T *opaque(T *x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
 // ---- the grid ----
 
 // Read anew at each use, so that no register holds it meanwhile.

@@ -367,11 +367,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             if (moved) end = pieces[next.piece].q1;
             if (threadIdx.x == 0)
                 control.now[turn & 1 ^ 1] = {moved ? pieces[next.piece] : now.piece, next.query, next.head};
-            if (STAGES == 2)
-                stat = load_queries(p, control.tile.batch, next, end, base + Q_AT + other * Q_BYTES,
-                                    base + O_AT + other * O_BYTES);
         }
-        if (STAGES == 2) copy_commit();
 #if ALIBI || DROPOUT
         if (now.head != context_head) {
             context_head = now.head;
@@ -420,6 +416,13 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                         if (SPLIT > 1) store_shared(p_at + offset<BLOCK_M>(8 * kt, 8 * j), 0);
                     }
             }
+        }
+        // After the two products, which these loads would hold up.
+        if (STAGES == 2) {
+            if (next.head < heads)
+                stat = load_queries(p, control.tile.batch, next, end, base + Q_AT + other * Q_BYTES,
+                                    base + O_AT + other * O_BYTES);
+            copy_commit();
         }
         barrier();  // dS (and P) are there; row statistics, and with STAGES = 1 Q and dout, may be overwritten
         if (SPLIT > 1) {

@@ -52,14 +52,14 @@ struct Rows {
 
 // The position in a tile's list of (piece, first key) blocks.
 struct Cursor {
-    u32 piece, end;
+    u32 piece;
     int key;
 };
 // To the next block, where the current piece ends at key `end`; returns whether it is in another piece.
-DEVICE bool advance(Cursor &at, int end, const Piece *pieces) {
+DEVICE bool advance(Cursor &at, int end, u32 end_piece, const Piece *pieces) {
     at.key += BLOCK_N;
     if (at.key < end) return false;
-    if (++at.piece < at.end) at.key = pieces[at.piece].k0;
+    if (++at.piece < end_piece) at.key = pieces[at.piece].k0;
     return true;
 }
 
@@ -71,8 +71,9 @@ struct Now {
 };
 struct Control {
     Now now[2];  // of this turn and the next
-    Tile tile;
-    u32 unused[2];
+    const u16 *k, *v;
+    i32 end_row;
+    u32 end_piece, unused[2];
 };
 static_assert(sizeof(Control) == 160, "shared memory");
 
@@ -283,19 +284,23 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     const Piece *pieces = reinterpret_cast<const Piece *>(p.problem.pieces);
     const u32 head = where.head, kv = kv_head(p.problem, head);
     const int lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP);
-    const u16 *k = at<const u16>(p.k, tile.batch, 0, kv), *v = at<const u16>(p.v, tile.batch, 0, kv);
     Control &control = *reinterpret_cast<Control *>(memory + CONTROL_AT);
     const u32 q_at = shared_address(memory), k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
 
-    Cursor next{tile.first, tile.first + tile.count, 0};
+    Cursor next{tile.first, 0};
+    bool more = tile.count > 0;
     load_tile<BLOCK_M, HEAD_DIM, THREADS>(q_at, at<const u16>(p.q, tile.batch, tile.row0, head), p.q.row, tile.rows,
                                           EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
-    if (tile.count) {
+    if (more) {
+        const u16 *k = at<const u16>(p.k, tile.batch, 0, kv), *v = at<const u16>(p.v, tile.batch, 0, kv);
         next.key = pieces[next.piece].k0;
         load_keys(p, k, pieces[next.piece].k1, next.key, k_at);
         if (STAGES == 2) load_values(p, v, pieces[next.piece].k1, next.key, v_at);
         if (threadIdx.x == 0) {
-            control.tile = tile;
+            control.k = k;
+            control.v = v;
+            control.end_row = tile.row0 + tile.rows;
+            control.end_piece = tile.first + tile.count;
             control.now[0] = {pieces[next.piece], next.key, 0};
         }
     }
@@ -325,7 +330,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     u32 held[M_TILES][Q_IN_REGISTERS ? HEAD_DIM / 16 : 1][4];
 
     u32 turn = 0;
-    while (next.piece < next.end) {
+    while (more) {
         copy_wait<0>();
         barrier();  // this block is here, and nobody is in the turn before any more
         const u32 stage = STAGES == 2 ? turn & 1 : 0, other = STAGES == 2 ? stage ^ 1 : 0;
@@ -334,23 +339,19 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
         const int key = now.key, last_key = key + BLOCK_N - 1, last_row = first_row + ROWS - 1;
         // Before the loads, which shared memory serves in order.
         const bool sees = key - last_row <= piece.hi && last_key - first_row >= piece.lo &&
-                          first_row < int(control.tile.row0 + control.tile.rows);
+                          first_row < control.end_row;
         const bool masked = last_key >= piece.k1 || last_key - first_row > piece.hi || key - last_row < piece.lo;
         int end = piece.k1;
         if (STAGES == 1) {
-            load_values(p, v, end, key, v_at);
+            load_values(p, control.v, end, key, v_at);
             copy_commit();
         }
-        const bool moved = advance(next, end, pieces);
-        if (next.piece < next.end) {
+        const bool moved = advance(next, end, control.end_piece, pieces);
+        more = next.piece < control.end_piece;
+        if (more) {
             if (moved) end = pieces[next.piece].k1;
             if (threadIdx.x == 0) control.now[turn & 1 ^ 1] = {moved ? pieces[next.piece] : piece, next.key, 0};
-            if (STAGES == 2) {
-                load_keys(p, k, end, next.key, k_at + other * K_BYTES);
-                load_values(p, v, end, next.key, v_at + other * V_BYTES);
-            }
         }
-        if (STAGES == 2) copy_commit();
         if (Q_IN_REGISTERS && turn == 0) {
             UNROLL for (int mt = 0; mt < M_TILES; ++mt)
                 UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
@@ -358,12 +359,16 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
         }
         Scores s;
         if (sees) scores(s, warp_q, held, k_at + stage * K_BYTES + lane_k);
+        // Under the softmax, when shared memory is idle; before Q K^T these loads would hold it up.
         if (STAGES == 1) {
             copy_wait<0>();
             barrier();  // V is here, and nobody reads K any more
-            if (next.piece < next.end) load_keys(p, k, end, next.key, k_at);
-            copy_commit();
         }
+        if (more) {
+            load_keys(p, control.k, end, next.key, k_at + other * K_BYTES);
+            if (STAGES == 2) load_values(p, control.v, end, next.key, v_at + other * V_BYTES);
+        }
+        copy_commit();
         if (sees) {
             const LaneAt lane_at{lane_row, now.key + lane % 4 * 2};
 #if TRANSFORM
