@@ -111,7 +111,11 @@ impl Emit {
             if common || d <= 32 {
                 specs.extend([
                     plain(DType::F32),
-                    plain(DType::F32).with_dropout(Some(0.1)).with_alibi(true).with_softcap(Some(30.0)).with_partial(true),
+                    plain(DType::F32)
+                        .with_dropout(Some(0.1))
+                        .with_alibi(true)
+                        .with_softcap(Some(30.0))
+                        .with_partial(true),
                 ]);
             }
             for (i, spec) in specs.iter().enumerate() {
