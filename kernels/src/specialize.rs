@@ -63,7 +63,7 @@ impl View {
             let strides = [(b, sb), (s, ss), (h, sh)];
             d == 1
                 || (ss < 1 << 24
-                    && v.offset() % 8 == 0
+                    && v.offset().is_multiple_of(8)
                     && d % 8 == 0
                     && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
         };
@@ -278,7 +278,7 @@ const fn padded(size: usize, to: usize) -> u32 {
 const fn tiled(size: usize, step: usize) -> u32 {
     match size {
         ..=96 => padded(size, step),
-        ..=128 => padded(size, 32),
+        97..=128 => padded(size, 32),
         _ => padded(size, 64),
     }
 }
@@ -353,8 +353,8 @@ fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardT
         65..=128 if is_heavy(spec) => &[[8, 1, 32, 2, 1], [4, 1, 32, 1, 1]],
         ..=64 if plain => &[[4, 2, 64, 2, 2], [4, 2, 64, 1, 2]],
         ..=64 => &[[4, 2, 32, 2, 2], [4, 1, 32, 2, 2]],
-        ..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
-        ..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
+        65..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
+        65..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
         _ if plain => &[[8, 1, 64, 2, 1], [8, 1, 64, 1, 1], [4, 1, 64, 1, 1], [4, 1, 32, 1, 1]],
         _ => &[[8, 1, 32, 2, 1], [8, 1, 32, 1, 1], [4, 1, 32, 1, 1]],
     };
@@ -389,7 +389,9 @@ impl BackwardTile {
     /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns.
     fn dq_warps_m(&self, d: u32) -> u32 {
         let warps = self.key_warps * self.split;
-        let fits = |m: u32| warps % m == 0 && self.queries % (16 * m) == 0 && d % (16 * (warps / m)) == 0;
+        let fits = |m: u32| {
+            warps.is_multiple_of(m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
+        };
         [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m)).unwrap_or(warps)
     }
 }
@@ -445,7 +447,8 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         ]
     };
     let dq = Specialization::atomics(spec);
-    let mut fitting = tiles.iter().map(|t| of(*t)).filter(|t| d % (16 * t.split) == 0 && dv % (16 * t.split) == 0);
+    let mut fitting =
+        tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
     fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))
 }
 
