@@ -1,2 +1,47 @@
-//! The `longspan` program.
-fn main() {}
+//! The `longspan` program: runs, verifies and explains exact attention over sequences cut among ranks.
+//!
+//! Tables go to stdout, progress and errors to stderr. Exit codes: 0 ok, 1 failed run, 2 bad usage or input,
+//! 3 verification failed.
+#![deny(unsafe_code)] // not forbid: the slicing macro of ndarray allows it for itself
+
+mod args;
+mod backends;
+mod conformance;
+mod doctor;
+mod engine;
+mod failure;
+mod fault;
+mod file;
+mod job;
+mod layout;
+mod output;
+mod progress;
+mod report;
+mod results;
+mod run;
+mod sample;
+mod synthetic;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match args.command {
+        Command::Conformance(args) => conformance::conformance(&args),
+        Command::Doctor => doctor::doctor(),
+        Command::Layout(args) => layout::layout(&args),
+        Command::Run(args) => run::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            failure.exit_code()
+        }
+    }
+}

@@ -17,6 +17,7 @@ pub mod heads;
 pub mod layout;
 pub mod mask;
 pub mod mesh;
+pub mod picture;
 pub mod route;
 pub mod trace;
 

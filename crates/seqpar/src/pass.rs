@@ -176,3 +176,80 @@ fn by_group<B: Backend>(list: Vec<Prepared<B>>, steps: usize) -> Vec<Vec<Prepare
     }
     groups
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Documents, Layout, Mask, Mesh, Placement, Problem};
+
+    /// A problem with layouts, masks and meshes of every kind.
+    fn plans() -> impl Strategy<Value = Vec<Plan>> {
+        let mesh = (1u32..5, 1u32..5, any::<bool>());
+        let heads = (1usize..4, 1usize..4, 1usize..4, 1usize..3);
+        (mesh, heads, 0usize..40, 0usize..3, 0usize..6, prop_oneof![3 => Just(0usize), 1 => 1usize..9]).prop_map(
+            |((u, r, inner), (kv, group, head_groups, batch), seq, layout, mask, joint)| {
+                let placement = if inner { Placement::RingInner } else { Placement::UlyssesInner };
+                let mesh = Mesh::new(u, r, placement).expect("not empty");
+                let layout = [Layout::contiguous, Layout::zigzag, Layout::stripe][layout](seq, &mesh);
+                let bounds = [0, seq as i32 / 3, seq as i32 / 3, seq as i32];
+                let documents = || Documents::from_cu_seqlens(&bounds, seq).expect("ascending");
+                let mask = match if joint > 0 { 0 } else { mask } {
+                    0 => Mask::full(),
+                    1 => Mask::causal(),
+                    2 => Mask::window(Some(3), Some(0)),
+                    3 => Mask::window(Some(1), Some(4)),
+                    4 => Mask::causal().with_documents(documents()),
+                    _ => Mask::prefix(seq / 2),
+                };
+                let problem = Problem::new(DType::Bf16, batch, [kv * group, kv], 8)
+                    .with_head_dim_v(4)
+                    .with_sinks(true)
+                    .with_joint(joint)
+                    .with_head_groups(head_groups)
+                    .with_backward(true);
+                (0..mesh.size()).map(|rank| Plan::new(&problem, &layout, &layout, &mask, rank).expect("fits")).collect()
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        /// What every rank sends, every other expects: number, order, dtype and extent, in every exchange.
+        #[test]
+        fn messages_of_all_ranks_match(plans in plans(), backward in any::<bool>()) {
+            let layouts: Vec<_> = plans.iter().map(|p| PassLayout::new(p, backward).expect("laid out")).collect();
+            let all: Vec<_> = layouts.iter().map(PassLayout::messages).collect();
+            for list in &all {
+                prop_assert_eq!(list.len(), all[0].len());
+            }
+            for x in 0..all[0].len() {
+                for (from, sender) in all.iter().enumerate() {
+                    for (to, receiver) in all.iter().enumerate() {
+                        let sent = sender[x].2.sends.iter().filter(|s| s.to as usize == to).map(|s| (s.dtype, s.extent));
+                        let awaited = receiver[x].2.recvs.iter().filter(|r| r.from as usize == from);
+                        let awaited = awaited.map(|r| (r.into.at.dtype(), r.into.at.extent()));
+                        prop_assert_eq!(sent.collect::<Vec<_>>(), awaited.collect::<Vec<_>>(), "{} {} -> {}", all[0][x].0, from, to);
+                    }
+                }
+            }
+        }
+
+        /// Receives of an exchange lie in the window, inside its bytes, and do not overlap.
+        #[test]
+        fn receives_have_a_place_of_their_own(plans in plans(), backward in any::<bool>()) {
+            for plan in &plans {
+                let layout = PassLayout::new(plan, backward).expect("laid out");
+                for (phase, _, messages) in layout.messages() {
+                    for (i, r) in messages.recvs.iter().enumerate() {
+                        prop_assert_eq!(r.into.place, Place::Window);
+                        prop_assert!(r.into.at.is_empty() || r.into.at.byte_range().end <= layout.bytes.window, "{}", phase);
+                        prop_assert!(messages.recvs[..i].iter().all(|o| !o.into.at.overlaps(&r.into.at)), "{}", phase);
+                    }
+                }
+            }
+        }
+    }
+}

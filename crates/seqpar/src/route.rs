@@ -214,6 +214,8 @@ struct Needs<'a> {
     least_last: i64,
     /// The greatest of the ring ranks' first queries.
     greatest_first: i64,
+    /// Every ring rank has a query among any `spread` neighbouring positions (if all have queries).
+    spread: i64,
 }
 
 impl<'a> Needs<'a> {
@@ -221,6 +223,9 @@ impl<'a> Needs<'a> {
         let rings = || (0..q.mesh().ring()).map(|ring| q.ring_runs(ring));
         let last = |runs: &[Run]| runs.iter().map(|run| run.position(run.len - 1) as i64).max();
         let first = |runs: &[Run]| runs.iter().map(|run| run.start as i64).min();
+        // The run that comes nearest to everything: its longest way to the start, between neighbours, and to the end.
+        let gap = |run: &Run| run.step.max(run.start + 1).max(q.seq() - run.position(run.len - 1)) as i64;
+        let spread = |runs: &[Run]| runs.iter().map(gap).min();
         Self {
             mask,
             q,
@@ -228,6 +233,7 @@ impl<'a> Needs<'a> {
             all_have_queries: rings().all(|runs| !runs.is_empty()),
             least_last: rings().filter_map(last).min().unwrap_or(0),
             greatest_first: rings().filter_map(first).max().unwrap_or(0),
+            spread: rings().filter_map(spread).max().unwrap_or(0),
         }
     }
 
@@ -236,7 +242,7 @@ impl<'a> Needs<'a> {
         let mut block = Vec::new();
         for (n, run) in self.k.ring_runs(owner).iter().enumerate() {
             if wanted(run)? {
-                let way = if self.all(run)? { Way::Hop } else { Way::Direct };
+                let way = if self.all(owner, run)? { Way::Hop } else { Way::Direct };
                 block.push(Needed { run: n, rows: self.k.run_rows(owner, n), way });
             }
         }
@@ -256,17 +262,22 @@ impl<'a> Needs<'a> {
     /// Whether every ring rank needs `run`.
     ///
     /// The queries that see a key of the run lie between two positions. Ring ranks that have none there show up in two
-    /// comparisons, which decide where only one of the positions cuts anything off. Otherwise all are asked, the ends first.
-    fn all(&self, run: &Run) -> Result<bool> {
-        let seen = self.seen(run);
-        if !self.all_have_queries || self.least_last < seen.from || self.greatest_first > seen.to {
+    /// comparisons, and often it is as plain that all have one. Otherwise all are asked; most likely not to need the
+    /// run are the ends of the ring and, under a window, the owner's neighbours.
+    fn all(&self, owner: u32, run: &Run) -> Result<bool> {
+        let documents = self.mask.documents();
+        let of = |token| documents.map_or(0, |documents| documents.of(token));
+        let seen = |i| self.seen(run, documents.map_or(0..self.q.seq(), |documents| documents.range(i)));
+        let (head, tail) = (of(run.start), of(run.position(run.len - 1)));
+        if !self.all_have_queries || self.least_last < seen(head).from || self.greatest_first > seen(tail).to {
             return Ok(false);
         }
-        if seen.dense && (seen.from <= 0 || seen.to >= self.q.seq() as i64 - 1) {
+        if (head..=tail).take(8).any(|i| self.reaches_all(&seen(i))) {
             return Ok(true);
         }
         let ring = self.q.mesh().ring();
-        for rank in [0, ring - 1].into_iter().chain(1..ring.saturating_sub(1)) {
+        let around = (0..=ring / 2).map(|step| [before(owner, step, ring), after(owner, step, ring)]);
+        for rank in [[0, ring - 1]].into_iter().chain(around).flatten() {
             if !self.one(rank, run)? {
                 return Ok(false);
             }
@@ -274,31 +285,34 @@ impl<'a> Needs<'a> {
         Ok(true)
     }
 
-    /// Where queries that see a key of `run` lie.
-    fn seen(&self, run: &Run) -> Seen {
-        let (first, last) = (run.start, run.position(run.len - 1));
-        let (mut from, mut to, mut one_document) = (0, self.q.seq() as i64 - 1, true);
-        if let Some(documents) = self.mask.documents() {
-            let (a, b) = (documents.of(first), documents.of(last));
-            from = documents.range(a).start as i64;
-            to = documents.range(b).end as i64 - 1;
-            one_document = a == b;
+    /// Whether it is plain that every ring rank has one of these queries (it may say no although they have).
+    fn reaches_all(&self, seen: &Seen) -> bool {
+        let to_the_start = seen.from <= 0 && self.greatest_first <= seen.to;
+        let to_the_end = seen.to >= self.q.seq() as i64 - 1 && self.least_last >= seen.from;
+        seen.dense && (to_the_start || to_the_end || seen.to - seen.from + 1 >= self.spread)
+    }
+
+    /// Where the queries lie that see a key that `run` has in `document`.
+    fn seen(&self, run: &Run, document: Range<usize>) -> Seen {
+        let below = |token: usize| token.saturating_sub(run.start).div_ceil(run.step).min(run.len);
+        let keys = below(document.start)..below(document.end);
+        let (from, to) = (document.start as i64, document.end as i64 - 1);
+        if keys.is_empty() {
+            return Seen { from, to, dense: false };
         }
+        let (first, last) = (run.position(keys.start) as i64, run.position(keys.end - 1) as i64);
         let (left, right) = match self.mask.shape() {
             Shape::Full => (None, None),
-            Shape::Prefix(keys) if (first as i64) < from.saturating_add(width(keys)) => (None, None),
+            Shape::Prefix(keys) if first < from.saturating_add(width(keys)) => (None, None),
             Shape::Causal | Shape::Prefix(_) => (None, Some(0)),
             Shape::Window { left, right } => (left.map(width), right.map(width)),
         };
-        let without_gaps = match (left, right) {
+        let dense = match (left, right) {
             (Some(left), Some(right)) => run.step as i64 <= left + right + 1,
             _ => true,
         };
-        Seen {
-            from: right.map_or(from, |right| from.max(first as i64 - right)),
-            to: left.map_or(to, |left| to.min(last as i64 + left)),
-            dense: one_document && without_gaps,
-        }
+        let (from, to) = (right.map_or(from, |r| from.max(first - r)), left.map_or(to, |l| to.min(last + l)));
+        Seen { from, to, dense }
     }
 
     /// Asks about every pair of blocks where unequal steps could be refused, so that either all ring ranks refuse or none.

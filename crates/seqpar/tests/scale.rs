@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::named;
 use longspan_hal::Slice;
 use longspan_seqpar::layout::Layout;
-use longspan_seqpar::mask::Mask;
+use longspan_seqpar::mask::{Documents, Mask};
 use longspan_seqpar::mesh::{Mesh, Placement};
 use longspan_seqpar::route::Route;
 
@@ -34,12 +34,20 @@ fn derive(kind: usize, mask: &Mask, mesh: &Mesh, ring_rank: u32) -> (Layout, Rou
 #[test]
 fn one_rank_of_4096_is_quick_and_small() {
     let limit = if cfg!(debug_assertions) { Duration::from_secs(4) } else { Duration::from_secs(1) };
+    let packed = |each: usize| {
+        let cu_seqlens: Vec<i32> = (0..=SEQ / each).map(|i| (i * each) as i32).collect();
+        Documents::from_cu_seqlens(&cu_seqlens, SEQ).expect("ok")
+    };
     let masks = [
+        Mask::causal().with_documents(packed(1 << 16)),
+        Mask::causal().with_documents(packed(SEQ / 2)),
+        Mask::full().with_documents(packed(SEQ)),
         Mask::causal(),
         Mask::full(),
         Mask::prefix(SEQ / 3),
         Mask::window(Some(4096), Some(0)),
         Mask::window(Some(4093), Some(0)),
+        Mask::window(Some(0), Some(4090)),
         Mask::window(Some(SEQ / 2), Some(64)),
         Mask::window(Some(SEQ), Some(SEQ)),
     ];

@@ -1,0 +1,32 @@
+//! Backends by name, as `--backend` takes them: `NAME` or `NAME:DEVICE[,DEVICE...]`.
+
+use crate::failure::{Failure, Result};
+
+/// Checks that the backend that `selector` names is compiled in.
+///
+/// # Errors
+/// [`Failure::Input`] that lists those compiled in, and how to get others.
+pub fn check(selector: &str) -> Result<()> {
+    let name = selector.split(':').next().unwrap_or(selector);
+    let have = longspan::backends();
+    if have.contains(&name) {
+        return Ok(());
+    }
+    Err(Failure::Input(format!(
+        "unknown backend `{name}`: this build has {}. Every other backend is a cargo feature of the crate `longspan`; \
+         `longspan doctor` shows what it needs on this machine",
+        have.join(", ")
+    )))
+}
+
+/// One line about a backend, for people.
+pub fn what(name: &str) -> &'static str {
+    match name {
+        "cpu" => "ranks are threads of this process",
+        "cpu-ascend-like" => "the same with Ascend's habits: no partials in bf16 and f16, blocking rendezvous",
+        "cpu-checked" => "the same, and every access is checked for a missing order",
+        "cpu-nccl-like" => "the same with NCCL's habits: packs what it sends, arrives late",
+        "cpu-push" => "the same with senders that write into the receivers' windows",
+        _ => "",
+    }
+}

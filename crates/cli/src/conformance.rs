@@ -1,0 +1,114 @@
+//! `longspan conformance`: one suite judges a backend.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use indicatif::ProgressBar;
+use longspan::{DeviceInfo, Visit};
+use longspan_conformance::{Options, Outcome, Report, Tier, expectations};
+use longspan_hal::Backend;
+
+use crate::args::{Conformance, Personality, TierArg};
+use crate::failure::{Failure, Result};
+use crate::report::say;
+use crate::{backends, doctor, output, progress};
+
+/// Runs the suite as the command line says.
+///
+/// # Errors
+/// [`Failure::Input`] for bad usage; [`Failure::Run`] if a case failed.
+pub fn conformance(args: &Conformance) -> Result<()> {
+    let selector = selector(args);
+    backends::check(&selector)?;
+    if let Some(path) = &args.json {
+        output::check(path, None)?;
+    }
+    let bar = progress::bar("judging");
+    let report = longspan::select(&selector, Suite { args, bar: &bar });
+    bar.finish_and_clear();
+    let report = report?;
+    if let Some(path) = &args.json {
+        write(path, &report)?;
+    }
+    say(&format!("{}\n", report.summary()))?;
+    if report.is_ok() { Ok(()) } else { Err(Failure::Run(format!("{} does not conform", report.backend))) }
+}
+
+struct Suite<'a> {
+    args: &'a Conformance,
+    bar: &'a ProgressBar,
+}
+
+impl Visit for Suite<'_> {
+    type Output = Report;
+
+    fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> longspan::Result<Report> {
+        let options = Options {
+            tier: match self.args.tier {
+                TierArg::Full => Tier::Full,
+                TierArg::Quick => Tier::Quick,
+            },
+            filter: self.args.filter.clone(),
+            ranks: self.args.ranks,
+            seed: self.args.seed,
+            expectations: expectations::built_in(B::NAME).to_owned(),
+            devices: devices.iter().map(|device| device.index).collect(),
+            limit: Duration::from_secs(self.args.limit),
+            machine: doctor::machine_line(),
+            date: today(),
+            ..Options::default()
+        };
+        longspan_conformance::run::<B>(&options, &mut |case, done, all| {
+            self.bar.set_length(all as u64);
+            self.bar.set_position(done as u64);
+            if case.outcome == Outcome::Fail {
+                self.bar.suspend(|| eprintln!("FAIL {}", case.name));
+            }
+        })
+    }
+}
+
+/// The backend's name with the personality, which only the CPU has.
+fn selector(args: &Conformance) -> String {
+    match args.personality {
+        Personality::AscendLike => format!("{}-ascend-like", args.backend),
+        Personality::Checked => format!("{}-checked", args.backend),
+        Personality::NcclLike => format!("{}-nccl-like", args.backend),
+        Personality::Plain => args.backend.clone(),
+        Personality::Push => format!("{}-push", args.backend),
+    }
+}
+
+fn write(path: &Path, report: &Report) -> Result<()> {
+    output::write_with(path, |file| std::fs::write(file, report.to_json()? + "\n").map_err(Failure::run))
+}
+
+/// Today in UTC, `YYYY-MM-DD` (Howard Hinnant's civil-from-days: years that start in March, in eras of 400).
+fn today() -> String {
+    let days = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / 86_400);
+    date(days)
+}
+
+fn date(days_since_1970: u64) -> String {
+    let days = days_since_1970 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, wrap) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    format!("{:04}-{month:02}-{day:02}", year + era * 400 + wrap)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        let known = [(0, "1970-01-01"), (11_016, "2000-02-29"), (11_017, "2000-03-01"), (20_453, "2025-12-31")];
+        for (days, text) in known {
+            assert_eq!(date(days), text);
+        }
+    }
+}

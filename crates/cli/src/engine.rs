@@ -1,0 +1,120 @@
+//! Runs a job on the ranks of its mesh, and gathers results and figures.
+
+use std::time::Duration;
+
+use longspan::{Engine, Error, Extra, Forwarded, Gradients as Shards, Layout, Problem, Tensor, Work};
+
+use crate::failure::{Failure, Result};
+use crate::fault::Fault;
+use crate::job::Job;
+use crate::results::{Gradients, RankFigures, Results};
+
+/// Runs `job` on the backend that `selector` names, a thread a rank; `limit` bounds every wait for another rank.
+///
+/// # Errors
+/// [`Failure::Input`] if the backend refuses the job, before anything runs; [`Failure::Run`] with what every rank says, the
+/// cause first.
+pub fn run(job: &Job, selector: &str, limit: Duration, fault: Option<Fault>) -> Result<Results> {
+    let ranks = longspan::on_ranks_within(selector, job.mesh(), limit, |engine| rank(job, engine, fault))?;
+    gather(job, done(ranks)?)
+}
+
+/// What one rank gives back.
+struct Rank {
+    forward: Forwarded,
+    gradients: Option<Shards>,
+    figures: RankFigures,
+}
+
+fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>) -> longspan::Result<Rank> {
+    let (q_layout, k_layout, rank) = (&job.q_layout, &job.k_layout, engine.rank());
+    let workspace = engine.prepare(&problem(job), [q_layout, k_layout], &job.mask)?;
+    if let Some(fault) = fault.filter(|fault| fault.rank == rank) {
+        fault.strike(engine)?;
+    }
+    let extra = Extra {
+        alibi_slopes: job.alibi_slopes.clone(),
+        sinks: job.sinks.clone(),
+        seed: job.dropout.map(|_| job.seed),
+        joint: None,
+    };
+    let [q, k, v] = [job.q.shard(q_layout, rank)?, job.k.shard(k_layout, rank)?, job.v.shard(k_layout, rank)?];
+    let forward = engine.forward([&q, &k, &v], &extra)?;
+    let gradients = match &job.dout {
+        Some(dout) => Some(engine.backward(&dout.shard(q_layout, rank)?, None)?),
+        None => None,
+    };
+    let figures = figures(job, engine, workspace.total() as u64)?;
+    Ok(Rank { forward, gradients, figures })
+}
+
+fn problem(job: &Job) -> Problem {
+    let [batch, _, heads, head_dim] = job.q.extent();
+    Problem::new(job.dtype(), batch, [heads, job.kv_heads()], head_dim)
+        .with_head_dim_v(job.v.extent()[3])
+        .with_scale(job.scale)
+        .with_softcap(job.softcap)
+        .with_alibi(job.alibi_slopes.is_some())
+        .with_sinks(job.sinks.is_some())
+        .with_dropout(job.dropout)
+        .with_deterministic(job.deterministic)
+        .with_head_groups(job.head_groups)
+        .with_backward(job.dout.is_some())
+}
+
+fn figures(job: &Job, engine: &dyn Engine, predicted: u64) -> longspan::Result<RankFigures> {
+    let report = engine.report()?;
+    let [(compute, _), (exchange, sent)] = [report.total(Work::Compute), report.total(Work::Exchange)];
+    let plan = engine.plan().ok_or_else(|| Error::Invalid { what: "engine", why: "it has no plan".into() })?;
+    let mut table = 0;
+    for backward in [false, true] {
+        if !backward || job.dout.is_some() {
+            table += plan.traffic(backward)?.iter().map(|message| message.bytes).sum::<u64>();
+        }
+    }
+    let peak = report.memory.peak.saturating_sub(report.tensor_bytes);
+    let rows = job.q_layout.rows(engine.rank());
+    Ok(RankFigures { rows, compute, exchange, sent, table, peak, predicted })
+}
+
+/// The ranks' results, or one failure for all: the error of a rank that failed by itself comes before those of ranks that
+/// lost it.
+fn done(ranks: Vec<longspan::Result<Rank>>) -> Result<Vec<Rank>> {
+    let errors: Vec<(usize, &Error)> =
+        ranks.iter().enumerate().filter_map(|(rank, result)| result.as_ref().err().map(|e| (rank, e))).collect();
+    let own = |e: &Error| !matches!(e, Error::PeerLost { .. });
+    let Some(&(_, cause)) = errors.iter().find(|(_, e)| own(e)).or(errors.first()) else {
+        return ranks.into_iter().collect::<longspan::Result<Vec<_>>>().map_err(Failure::from);
+    };
+    match Failure::from(cause.clone()) {
+        // The same refusal on every rank is said once.
+        Failure::Input(why) => Err(Failure::Input(why)),
+        _ => {
+            let lines: Vec<String> = errors.iter().map(|(rank, e)| format!("rank {rank}: {e}")).collect();
+            Err(Failure::Run(format!("the run failed\n  {}", lines.join("\n  "))))
+        }
+    }
+}
+
+fn gather(job: &Job, ranks: Vec<Rank>) -> Result<Results> {
+    let whole = |layout: &Layout, shard: &dyn Fn(&Rank) -> Option<Tensor>| {
+        let shards: Vec<Tensor> = ranks.iter().filter_map(shard).collect();
+        Tensor::unshard(layout, &shards)
+    };
+    let gradient = |pick: fn(&Shards) -> &Tensor| move |rank: &Rank| rank.gradients.as_ref().map(|g| pick(g).clone());
+    let gradients = match &ranks[0].gradients {
+        Some(first) => Some(Gradients {
+            dq: whole(&job.q_layout, &gradient(|g| &g.dq))?,
+            dk: whole(&job.k_layout, &gradient(|g| &g.dk))?,
+            dv: whole(&job.k_layout, &gradient(|g| &g.dv))?,
+            dsinks: first.dsinks.clone(),
+        }),
+        None => None,
+    };
+    Ok(Results {
+        out: whole(&job.q_layout, &|rank| Some(rank.forward.out.clone()))?,
+        lse: whole(&job.q_layout, &|rank| Some(rank.forward.lse.clone()))?,
+        gradients,
+        ranks: ranks.iter().map(|rank| rank.figures).collect(),
+    })
+}

@@ -1,0 +1,90 @@
+//! `longspan layout`: who holds which tokens, and what each step of the ring computes.
+
+use longspan::Mesh;
+use longspan_seqpar::picture::{self, Balance};
+
+use crate::args::LayoutArgs;
+use crate::failure::{Failure, Result};
+use crate::job;
+use crate::report::say;
+
+/// Ring ranks whose steps are shown unless one is named.
+const RING_RANKS: u32 = 8;
+
+/// Ring ranks up to which the balance is counted: it takes time with the square of their number.
+const BALANCED: u32 = 256;
+
+/// Columns, unless the terminal says otherwise.
+const WIDTH: usize = 110;
+
+/// Prints the picture.
+///
+/// # Errors
+/// [`Failure::Input`] if the cut or the mask does not fit the sequence.
+pub fn layout(args: &LayoutArgs) -> Result<()> {
+    say(&text(args, width())?)
+}
+
+fn text(args: &LayoutArgs, width: usize) -> Result<String> {
+    let mesh = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement)?;
+    let layout = job::layout(args.cut.layout, args.seq, &mesh);
+    let mask = job::mask(&args.cut, args.cu_seqlens.as_deref(), args.seq)?;
+    mask.check(args.seq, args.seq)?;
+    let shown = match args.ring_rank {
+        Some(ring) if ring >= mesh.ring() => {
+            return Err(Failure::Input(format!("--ring-rank {ring}: there are {} ring ranks, from 0", mesh.ring())));
+        }
+        Some(ring) => ring..ring + 1,
+        None => 0..mesh.ring().min(RING_RANKS),
+    };
+    let mut text = picture::holders(&layout, width);
+    let left_out = mesh.ring() - (shown.end - shown.start);
+    for ring in shown {
+        text.push('\n');
+        text.push_str(&picture::steps(&mask, &layout, &layout, ring, width)?);
+    }
+    if left_out > 0 {
+        text.push_str(&format!("\n{left_out} further ring ranks: --ring-rank RANK shows one\n"));
+    }
+    if mesh.ring() <= BALANCED {
+        text.push_str(&format!("\n{}\n", Balance::new(&mask, &layout, &layout)?));
+    }
+    Ok(text)
+}
+
+fn width() -> usize {
+    std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok()).unwrap_or(WIDTH).clamp(40, 200)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Args, Command};
+
+    fn shown(words: &str) -> Result<String> {
+        let args = Args::try_parse_from(["longspan", "layout"].into_iter().chain(words.split_whitespace()));
+        match args.expect("good words").command {
+            Command::Layout(args) => text(&args, 80),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_rank_and_every_step_is_shown_within_the_width() {
+        let text = shown("--seq 64 --ulysses 2 --ring 2 --layout zigzag --mask causal").expect("fits");
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        for words in ["ring rank 0 of 2", "ring rank 1 of 2", "step 0", "step 1", "largest / mean 1.000"] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+    }
+
+    #[test]
+    fn one_ring_rank_of_many_and_none_that_is_not_there() {
+        let text = shown("--seq 4096 --ring 64 --ring-rank 9 --mask window:64").expect("fits");
+        assert!(text.contains("63 further ring ranks"), "{text}");
+        assert!(shown("--ring 4 --ring-rank 4").is_err());
+        assert!(shown("--seq 10 --cu-seqlens 0,5").is_err());
+    }
+}

@@ -1,0 +1,168 @@
+//! `longspan run`: check, run, verify, write, report.
+//!
+//! Nothing is written before every check that needs no run has passed, and the output is written only if the verification,
+//! where asked for, holds.
+
+use std::time::{Duration, Instant};
+
+use crate::args::Run;
+use crate::failure::Result;
+use crate::job::Job;
+use crate::report::say;
+use crate::results::Results;
+use crate::verify::{self, Verdict};
+use crate::{backends, engine, output, progress, report};
+
+/// Runs attention as the command line says.
+///
+/// # Errors
+/// [`crate::failure::Failure::Input`] for bad input, with nothing started or written; [`crate::failure::Failure::Run`];
+/// [`crate::failure::Failure::Verification`].
+pub fn run(args: &Run) -> Result<()> {
+    backends::check(&args.backend)?;
+    if let Some(output) = &args.output {
+        output::check(output, args.source.input.as_deref())?;
+    }
+    let job = Job::new(args)?;
+    say(&title(args, &job))?;
+    let spinner = progress::spinner("running");
+    let start = Instant::now();
+    let results = engine::run(&job, &args.backend, Duration::from_secs(args.limit), args.fault);
+    spinner.finish_and_clear();
+    let results = results?;
+    say(&ranks(&results, start.elapsed()))?;
+    if args.verify {
+        check(&job, &results)?;
+    }
+    if let Some(path) = &args.output {
+        let encoded = results.encode();
+        let entries = results.entries(&encoded);
+        output::write(path, &entries)?;
+        let names: Vec<&str> = entries.iter().map(|entry| entry.name).collect();
+        say(&format!("\nWrote {} to {}\n", names.join(", "), path.display()))?;
+    }
+    Ok(())
+}
+
+fn check(job: &Job, results: &Results) -> Result<()> {
+    let bar = progress::bar("verifying");
+    let verdicts = verify::verify(job, results, &|done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    let verdicts = verdicts?;
+    say(&verification(job, &verdicts))?;
+    verify::judge(&verdicts)
+}
+
+fn title(args: &Run, job: &Job) -> String {
+    let [batch, seq, heads, head_dim] = job.q.extent();
+    let [_, k_seq, kv_heads, head_dim_v] = job.v.extent();
+    let source = match &args.source.input {
+        Some(path) => path.display().to_string(),
+        None => format!("normal numbers of seed {}", args.seed),
+    };
+    let mut table = report::Table::new(&["", ""]);
+    let mut row = |what: &str, value: String| table.row([what.to_owned(), value]);
+    row("input", source);
+    let keys = if k_seq == seq { String::new() } else { format!(", keys {k_seq}") };
+    row(
+        "shape",
+        format!(
+            "batch {batch}, seq {seq}{keys}, heads {heads}, kv heads {kv_heads}, head dim {head_dim} / {head_dim_v}, {}",
+            job.dtype()
+        ),
+    );
+    let documents = job.mask.documents().map_or(String::new(), |d| format!(" within {} documents", d.len()));
+    row("mask", format!("{}{documents}", job.mask));
+    row(
+        "ranks",
+        format!("{} = {}, {} layout, backend {}", job.mesh().size(), job.mesh(), args.cut.layout.name(), args.backend),
+    );
+    let options = options(job);
+    if !options.is_empty() {
+        row("options", options.join(", "));
+    }
+    row("passes", if job.dout.is_some() { "forward and backward" } else { "forward" }.to_owned());
+    table.body()
+}
+
+fn options(job: &Job) -> Vec<String> {
+    let mut options = Vec::new();
+    let mut add = |on: bool, text: String| {
+        if on {
+            options.push(text);
+        }
+    };
+    add(job.scale != 1.0 / (job.q.extent()[3] as f32).sqrt(), format!("scale {}", job.scale));
+    job.softcap.into_iter().for_each(|c| add(true, format!("softcap {c}")));
+    add(job.alibi_slopes.is_some(), "alibi".into());
+    add(job.sinks.is_some(), "sinks".into());
+    job.dropout.into_iter().for_each(|p| add(true, format!("dropout {p} with seed {}", job.seed)));
+    add(job.deterministic, "deterministic".into());
+    add(job.head_groups > 1, format!("{} head groups", job.head_groups));
+    options
+}
+
+fn ranks(results: &Results, wall: Duration) -> String {
+    let mut table = report::Table::new(&[
+        "rank",
+        "tokens",
+        "compute",
+        "exchange",
+        "sent",
+        "by the table",
+        "workspace",
+        "predicted",
+    ]);
+    for (rank, figures) in results.ranks.iter().enumerate() {
+        table.row([
+            rank.to_string(),
+            figures.rows.to_string(),
+            report::time(figures.compute),
+            report::time(figures.exchange),
+            report::bytes(figures.sent),
+            equal(figures.sent, figures.table),
+            report::bytes(figures.peak),
+            equal(figures.peak, figures.predicted),
+        ]);
+    }
+    format!("\nRanks (all took {})\n{}", report::time(wall), table.render())
+}
+
+/// A predicted number of bytes, said as `equal` where it is.
+fn equal(found: u64, predicted: u64) -> String {
+    if found == predicted {
+        "equal".into()
+    } else {
+        format!("{} B ({:+})", predicted, found as i128 - i128::from(predicted))
+    }
+}
+
+fn verification(job: &Job, verdicts: &[Verdict]) -> String {
+    let mut table = report::Table::new(&["tensor", "max error", "allowed", "rms error", "allowed", "verdict"]);
+    for v in verdicts {
+        let verdict = match (v.holds(), v.wrong_kind) {
+            (true, _) => "ok".to_owned(),
+            (false, 0) => "OUTSIDE".to_owned(),
+            (false, n) => format!("{n} NOT FINITE ALIKE"),
+        };
+        let number = |x: f64| format!("{x:.2e}");
+        table.row([
+            v.name.to_owned(),
+            number(v.got.max),
+            number(v.bound.max),
+            number(v.got.rms),
+            number(v.bound.rms),
+            verdict,
+        ]);
+    }
+    let seq = job.seq().max(job.k.extent()[1]);
+    let rows = if seq <= verify::ALL_ROWS {
+        "every row".to_owned()
+    } else {
+        format!("a sample: {0} query rows and {0} keys of {seq}, every head", verify::SAMPLE)
+    };
+    format!("\nVerified against attention in f64 ({rows})\n{}", table.render())
+}
