@@ -23,6 +23,8 @@ pub fn backends() -> Vec<&'static str> {
         use longspan_cpu::{Cpu, CpuAscendLike, CpuChecked, CpuNcclLike, CpuPush};
         names.extend([Cpu::NAME, CpuChecked::NAME, CpuNcclLike::NAME, CpuPush::NAME, CpuAscendLike::NAME]);
     }
+    #[cfg(feature = "cuda")]
+    names.push(longspan_cuda::Cuda::NAME);
     names
 }
 
@@ -31,7 +33,7 @@ pub fn backends() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
 /// if a library is missing.
-#[cfg_attr(not(feature = "cpu"), allow(unused_variables))] // without any backend, nothing is visited
+#[cfg_attr(not(any(feature = "cpu", feature = "cuda")), allow(unused_variables))] // without any backend, nothing is visited
 pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
     let (name, indices) = parse(selector)?;
     match name {
@@ -45,6 +47,8 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
         "cpu-nccl-like" => open::<longspan_cpu::CpuNcclLike, V>(&indices, visitor),
         #[cfg(feature = "cpu")]
         "cpu-push" => open::<longspan_cpu::CpuPush, V>(&indices, visitor),
+        #[cfg(feature = "cuda")]
+        "cuda" => open::<longspan_cuda::Cuda, V>(&indices, visitor),
         _ => Err(Error::invalid(
             "backend",
             format!(
@@ -63,7 +67,7 @@ fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
     Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
 }
 
-#[cfg_attr(not(feature = "cpu"), allow(dead_code))]
+#[cfg_attr(not(any(feature = "cpu", feature = "cuda")), allow(dead_code))]
 fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
     let all = B::devices()?;
     if indices.is_empty() {
