@@ -73,7 +73,7 @@ struct Place {
     u32 tile, head;
 };
 DEVICE Place place(const Problem &p, u32 heads) {
-    u32 block = blockIdx.x, per_section = p.section * p.tile_count;
+    u32 block = block_index(), per_section = p.section * p.tile_count;
     u32 section = block / per_section, rest = block - section * per_section;
     u32 first = section * p.section, size = heads - first < p.section ? heads - first : p.section;
     return {rest / size, first + rest % size};
@@ -178,16 +178,21 @@ DEVICE void load_chunk(u32 to, const u16 *from, bool valid, int left) {
 template <int ROWS, int DIM, int THREADS>
 DEVICE void load_tile(u32 to, const u16 *from, i64 stride, int valid, int dim, int thread) {
     constexpr int CHUNKS = DIM / 8, TOTAL = ROWS * CHUNKS, TURNS = (TOTAL + THREADS - 1) / THREADS;
-    if constexpr (THREADS % CHUNKS == 0) {  // a thread stays in its column: one running pointer
+    if constexpr (THREADS % CHUNKS == 0) {  // a thread stays in its column; ALIGNED: 64 rows span less than 4 GiB
         constexpr int STEP = THREADS / CHUNKS;
         const int row = thread / CHUNKS, column = thread % CHUNKS * 8;
-        const u16 *at = from + row * stride + column;
+        const char *at = reinterpret_cast<const char *>(from + row * stride + column);
+#if ALIGNED
+        const u32 step = opaque(u32(stride) * (2 * STEP));
+#else
+        const i64 step = stride * (2 * STEP);
+#endif
         to += u32(row * pitch<DIM>() + column) * 2;
         valid -= row;
         UNROLL for (int i = 0; i < TURNS; ++i) {
             if (ROWS % STEP != 0 && row + i * STEP >= ROWS) break;
-            load_chunk(to + u32(i * STEP * pitch<DIM>()) * 2, at, i * STEP < valid, EXACT ? 8 : dim - column);
-            at += STEP * stride;
+            load_chunk(to + u32(i * STEP * pitch<DIM>()) * 2, reinterpret_cast<const u16 *>(at + i * step),
+                       i * STEP < valid, EXACT ? 8 : dim - column);
         }
     } else {
         UNROLL for (int i = 0; i < TURNS; ++i) {

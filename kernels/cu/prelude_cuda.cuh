@@ -77,6 +77,19 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with C = 0 before.
+DEVICE void mma_first(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bool first) {
+    if (first)
+        mma_first(c, a, b0, b1);
+    else
+        mma(c, a, b0, b1);
+}
+
 // ---- shared memory ----
 
 DEVICE u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
@@ -111,13 +124,34 @@ DEVICE void barrier() { __syncthreads(); }
 // ---- atomics ----
 
 DEVICE void add_global(float *at, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(x) : "memory"); }
-DEVICE void add_global4(float *at, float x, float y, float z, float w) {
+// Adds to four neighbours (16-byte aligned) where `valid`.
+DEVICE void add_global4(float *at, float x, float y, float z, float w, bool valid) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(at), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p red.global.add.v4.f32 [%0], {%1,%2,%3,%4}; }" ::"l"(at),
+                 "f"(x), "f"(y), "f"(z), "f"(w), "r"(int(valid))
+                 : "memory");
 #else
+    if (!valid) return;
     add_global(at, x);
     add_global(at + 1, y);
     add_global(at + 2, z);
     add_global(at + 3, w);
 #endif
+}
+
+// ---- the compiler ----
+
+// A value that the compiler must not know: what follows from it is computed where it is used, not held in registers.
+DEVICE u32 opaque(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// ---- the grid ----
+
+// Read anew at each use, so that no register holds it meanwhile.
+DEVICE u32 block_index() {
+    u32 x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
 }

@@ -17,7 +17,8 @@
 // the deterministic mode (DQ = 0), where sm80_attention_backward_dq.cu computes dQ. (Dao, FlashAttention-2, 2023.)
 //
 // Macros: KEY_WARPS, SPLIT, K_TILES (keys of a warp / 16), BLOCK_M, CHUNK_M (queries a warp takes at once), STAGES,
-// DQ_WARPS_M (warps along the queries of dQ), DQ, GRADIENT_F32, MIN_BLOCKS.
+// DQ_WARPS_M (warps along the queries of dQ), DQ, GRADIENT_F32, SIDE_BY_SIDE,
+// MIN_BLOCKS.
 
 struct BackwardParams {
     Problem problem;
@@ -39,7 +40,8 @@ constexpr u32 Q_BYTES = BLOCK_M * pitch<HEAD_DIM>() * 2, O_BYTES = BLOCK_M * pit
 constexpr u32 S_BYTES = BLOCK_N * pitch<BLOCK_M>() * 2;
 constexpr u32 Q_AT = K_BYTES + V_BYTES, O_AT = Q_AT + STAGES * Q_BYTES, DS_AT = O_AT + STAGES * O_BYTES;
 constexpr u32 P_AT = DS_AT + (DQ || SPLIT > 1 ? S_BYTES : 0), STATS_AT = P_AT + (SPLIT > 1 ? S_BYTES : 0);
-static_assert(STATS_AT + 2 * BLOCK_M * 4 == SHARED_BYTES, "shared memory");
+constexpr u32 CONTROL_AT = STATS_AT + 2 * BLOCK_M * 4;
+static_assert(CONTROL_AT + 160 == SHARED_BYTES, "shared memory");
 static_assert(2 * BLOCK_M <= THREADS && QUERIES % CHUNK_M == 0 && CHUNK_M % 16 == 0, "tiles");
 
 #if GRADIENT_F32
@@ -49,21 +51,16 @@ typedef u16 Gradient;
 #endif
 typedef float Chunk[K_TILES][CHUNK_M / 8][4];
 
-// C = A B^T with A from rows of `a` and B from rows of `b`, over DIM columns.
-template <int DIM> DEVICE void product(Chunk &c, u32 a, u32 b) {
-    UNROLL for (int kt = 0; kt < K_TILES; ++kt)
-        UNROLL for (int j = 0; j < CHUNK_M / 8; ++j)
-            UNROLL for (int e = 0; e < 4; ++e) c[kt][j][e] = 0.0f;
-    UNROLL for (int kk = 0; kk < DIM / 16; ++kk) {
-        u32 x[K_TILES][4];
-        UNROLL for (int kt = 0; kt < K_TILES; ++kt) load_matrices(x[kt], a + offset<DIM>(kt * 16, kk * 16));
-        UNROLL for (int j = 0; j < CHUNK_M / 16; ++j) {
-            u32 y[4];
-            load_matrices(y, b + offset<DIM>(j * 16, kk * 16));
-            UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
-                mma(c[kt][2 * j], x[kt], y[0], y[1]);
-                mma(c[kt][2 * j + 1], x[kt], y[2], y[3]);
-            }
+// One step of 16 columns (the kk-th) of C = A B^T with A from rows of `a` and B from rows of `b`.
+template <int DIM> DEVICE void product_step(Chunk &c, u32 a, u32 b, int kk) {
+    u32 x[K_TILES][4];
+    UNROLL for (int kt = 0; kt < K_TILES; ++kt) load_matrices(x[kt], a + offset<DIM>(kt * 16, kk * 16));
+    UNROLL for (int j = 0; j < CHUNK_M / 16; ++j) {
+        u32 y[4];
+        load_matrices(y, b + offset<DIM>(j * 16, kk * 16));
+        UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
+            mma(c[kt][2 * j], x[kt], y[0], y[1], kk == 0);
+            mma(c[kt][2 * j + 1], x[kt], y[2], y[3], kk == 0);
         }
     }
 }
@@ -85,28 +82,40 @@ struct Cursor {
     u32 head, piece;
     int query;
 };
-DEVICE void advance(Cursor &at, const Piece *pieces, const Tile &t) {
+// To the next block, where the current piece ends at query row `end`; returns whether it is in another piece.
+DEVICE bool advance(Cursor &at, int end, const Piece *pieces, const Tile &t) {
     at.query += BLOCK_M;
-    if (at.query < pieces[at.piece].q1) return;
+    if (at.query < end) return false;
     if (++at.piece == t.first + t.count) {
         at.piece = t.first;
         ++at.head;
     }
     at.query = pieces[at.piece].q0;
+    return true;
 }
 
-// Starts loading one block of Q and dout, and returns this thread's row statistic: thread i < BLOCK_M that of lse of row i
-// (in log2 units; +inf where P must be 0), the next BLOCK_M threads that of delta.
-DEVICE float load_queries(const BackwardParams &p, u32 batch, const Cursor &c, const Piece &s, u32 q, u32 o) {
+// What all threads know alike lies in shared memory, since the loop needs the registers.
+struct Now {
+    Piece piece;
+    i32 query;
+    u32 head;
+};
+struct Control {
+    Now now[2];  // of this turn and the next
+    Tile tile;
+    u32 unused[2];
+};
+static_assert(sizeof(Control) == 160, "shared memory");
+
+// Starts loading one block of Q and dout (valid before row `end`), and returns this thread's row statistic: thread
+// i < BLOCK_M that of lse of row i (+inf where there is no row), the next BLOCK_M threads that of delta.
+DEVICE float load_queries(const BackwardParams &p, u32 batch, const Cursor &c, int end, u32 q, u32 o) {
     const int dim = EXACT ? HEAD_DIM : p.problem.head_dim, dim_v = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
-    const int valid = s.q1 - c.query, thread = threadIdx.x, row = thread % BLOCK_M;
+    const int valid = end - c.query, thread = threadIdx.x, row = thread % BLOCK_M;
     load_tile<BLOCK_M, HEAD_DIM, THREADS>(q, at<const u16>(p.q, batch, c.query, c.head), p.q.row, valid, dim, thread);
     load_tile<BLOCK_M, HEAD_DIM_V, THREADS>(o, at<const u16>(p.dout, batch, c.query, c.head), p.dout.row, valid, dim_v,
                                             thread);
-    if (thread < BLOCK_M) {
-        float lse = row < valid ? *at<const float>(p.lse, batch, c.query + row, c.head) * LOG2E : INFINITY_F;
-        return lse == -INFINITY_F ? INFINITY_F : lse;
-    }
+    if (thread < BLOCK_M) return row < valid ? *at<const float>(p.lse, batch, c.query + row, c.head) : INFINITY_F;
     return thread < 2 * BLOCK_M && row < valid ? *at<const float>(p.delta, batch, c.query + row, c.head) : 0.0f;
 }
 
@@ -192,9 +201,6 @@ static_assert(DQ_TILES * DQ_WARPS_M * 16 == BLOCK_M && DQ_COLUMNS % 16 == 0, "dq
 DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k, int warp, int lane) {
     const int row0 = warp / DQ_WARPS_N * DQ_TILES * 16, column0 = warp % DQ_WARPS_N * DQ_COLUMNS;
     float c[DQ_TILES][DQ_COLUMNS / 8][4];
-    UNROLL for (int mt = 0; mt < DQ_TILES; ++mt)
-        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
-            UNROLL for (int e = 0; e < 4; ++e) c[mt][j][e] = 0.0f;
     ds += offset<BLOCK_M>(0, row0) + lane_offset_b<BLOCK_M>(lane);
     k += offset<HEAD_DIM>(0, column0) + lane_offset_a<HEAD_DIM>(lane);
     UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
@@ -205,8 +211,8 @@ DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k,
             u32 b[4];
             load_matrices_transposed(b, k + offset<HEAD_DIM>(kk * 16, j * 16));
             UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
-                mma(c[mt][2 * j], a[mt], b[0], b[1]);
-                mma(c[mt][2 * j + 1], a[mt], b[2], b[3]);
+                mma(c[mt][2 * j], a[mt], b[0], b[1], kk == 0);
+                mma(c[mt][2 * j + 1], a[mt], b[2], b[3], kk == 0);
             }
         }
     }
@@ -215,17 +221,22 @@ DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k,
     UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
 #if ALIGNED
         // Neighbouring lanes exchange halves, so that each adds 16 bytes of one row: even lanes of row g, odd of g + 8.
-        const int row = row0 + 16 * mt + lane / 4 + quad % 2 * 8, column = column0 + quad / 2 * 4;
+        const bool odd = quad % 2;
+        const int row = row0 + 16 * mt + lane / 4 + odd * 8, column = column0 + quad / 2 * 4;
         float *to = dq + row * p.dq.row + column;
+        // In place, and all before the first addition: an addition reads its registers late, so they must not be reused.
         UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j) {
             float(&x)[4] = c[mt][j];
-            float u = shuffle_xor(quad % 2 ? x[0] : x[2], 1), v = shuffle_xor(quad % 2 ? x[1] : x[3], 1);
-            if (row >= valid || (!EXACT && column + 8 * j >= dim)) continue;
-            if (quad % 2)
-                add_global4(to + 8 * j, u * scale, v * scale, x[2] * scale, x[3] * scale);
-            else
-                add_global4(to + 8 * j, x[0] * scale, x[1] * scale, u * scale, v * scale);
+            UNROLL for (int e = 0; e < 4; ++e) x[e] *= scale;
+            const float u = shuffle_xor(odd ? x[0] : x[2], 1), v = shuffle_xor(odd ? x[1] : x[3], 1);
+            x[2] = odd ? x[2] : u;
+            x[3] = odd ? x[3] : v;
+            x[0] = odd ? u : x[0];
+            x[1] = odd ? v : x[1];
         }
+        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
+            add_global4(to + 8 * j, c[mt][j][0], c[mt][j][1], c[mt][j][2], c[mt][j][3],
+                        row < valid && (EXACT || column + 8 * j < dim));
 #else
         UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
             UNROLL for (int e = 0; e < 4; ++e) {
@@ -259,33 +270,68 @@ DEVICE void store_gradient(const Tensor &g, const Tile &t, u32 kv, int row, int 
         }
 }
 
-KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
-    extern __shared__ __align__(128) unsigned char memory[];
+// Writes or adds dK and dV. Everything is read anew: the loop needs the registers.
+DEVICE void finish(const BackwardParams &p, const float (&dk)[K_TILES][COLUMNS / 8][4],
+                   const float (&dv)[K_TILES][COLUMNS_V / 8][4]) {
     const Place where = place(p.problem, p.problem.kv_heads);
     const Tile tile = reinterpret_cast<const Tile *>(p.problem.tiles)[where.tile];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, part = warp / KEY_WARPS;
+    const int row = warp % KEY_WARPS * KEYS + lane / 4, column = lane % 4 * 2;
+    const bool add_k = p.add & 1, add_v = p.add & 2;
+    if (tile.count || !add_k)
+        store_gradient<COLUMNS>(p.dk, tile, where.head, row, part * COLUMNS + column,
+                                EXACT ? HEAD_DIM : p.problem.head_dim, p.problem.scale, add_k, dk);
+    if (tile.count || !add_v)
+        store_gradient<COLUMNS_V>(p.dv, tile, where.head, row, part * COLUMNS_V + column,
+                                  EXACT ? HEAD_DIM_V : p.problem.head_dim_v, 1.0f, add_v, dv);
+}
+
+// To shared memory: lse in log2 units, +inf where P must be 0.
+DEVICE void store_statistic(float *stats, float x) {
+    if (threadIdx.x < BLOCK_M)
+        stats[threadIdx.x] = x == -INFINITY_F ? INFINITY_F : x * LOG2E;
+    else if (threadIdx.x < 2 * BLOCK_M)
+        stats[threadIdx.x] = x;
+}
+
+// Local query heads of a KV head.
+struct Heads {
+    u32 first, past;
+};
+DEVICE Heads heads_of(const Problem &p, u32 kv) {
+    const int first = int((p.kv_first + kv) * p.group) - int(p.head_first), past = first + int(p.group);
+    return {u32(first > 0 ? first : 0), u32(past < int(p.heads) ? past : int(p.heads))};
+}
+
+KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
+    extern __shared__ __align__(128) unsigned char memory[];
     const Piece *pieces = reinterpret_cast<const Piece *>(p.problem.pieces);
-    const u32 kv = where.head;
     const int lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP);
     const int key_warp = warp % KEY_WARPS, part = warp / KEY_WARPS;
-    const int dim = EXACT ? HEAD_DIM : p.problem.head_dim, dim_v = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
     const u32 base = shared_address(memory), k_at = base, v_at = base + K_BYTES;
     float *stats = reinterpret_cast<float *>(memory + STATS_AT);
+    Control &control = *reinterpret_cast<Control *>(memory + CONTROL_AT);
 
-    // Local query heads of this KV head.
-    const int first_head = int((p.problem.kv_first + kv) * p.problem.group) - int(p.problem.head_first);
-    const u32 head0 = first_head > 0 ? first_head : 0;
-    const int past = first_head + int(p.problem.group);
-    const u32 heads = past < int(p.problem.heads) ? (past > 0 ? past : 0) : p.problem.heads;
-    Cursor next{tile.count ? head0 : heads, tile.first, 0};
-
+    Cursor next{0, 0, 0};
+    u32 heads = 0;
     float stat = 0.0f;
-    if (next.head < heads) {
-        next.query = pieces[next.piece].q0;
-        load_tile<BLOCK_N, HEAD_DIM, THREADS>(k_at, at<const u16>(p.k, tile.batch, tile.row0, kv), p.k.row, tile.rows,
-                                              dim, threadIdx.x);
-        load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(v_at, at<const u16>(p.v, tile.batch, tile.row0, kv), p.v.row, tile.rows,
-                                                dim_v, threadIdx.x);
-        stat = load_queries(p, tile.batch, next, pieces[next.piece], base + Q_AT, base + O_AT);
+    {
+        const Place where = place(p.problem, p.problem.kv_heads);
+        const Tile tile = reinterpret_cast<const Tile *>(p.problem.tiles)[where.tile];
+        const Heads range = heads_of(p.problem, where.head);
+        if (tile.count && range.first < range.past) {
+            heads = range.past;
+            next = {range.first, tile.first, pieces[tile.first].q0};
+            load_tile<BLOCK_N, HEAD_DIM, THREADS>(k_at, at<const u16>(p.k, tile.batch, tile.row0, where.head), p.k.row,
+                                                  tile.rows, EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
+            load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(v_at, at<const u16>(p.v, tile.batch, tile.row0, where.head), p.v.row,
+                                                    tile.rows, EXACT ? HEAD_DIM_V : p.problem.head_dim_v, threadIdx.x);
+            stat = load_queries(p, tile.batch, next, pieces[next.piece].q1, base + Q_AT, base + O_AT);
+            if (threadIdx.x == 0) {
+                control.tile = tile;
+                control.now[0] = {pieces[next.piece], next.query, next.head};
+            }
+        }
     }
     copy_commit();
 
@@ -295,38 +341,44 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             UNROLL for (int j = 0; j < COLUMNS / 8; ++j) dk[kt][j][e] = 0.0f;
             UNROLL for (int j = 0; j < COLUMNS_V / 8; ++j) dv[kt][j][e] = 0.0f;
         }
-    const int warp_key = tile.row0 + key_warp * KEYS;
     const u32 warp_k = k_at + offset<HEAD_DIM>(key_warp * KEYS, 0) + lane_offset_a<HEAD_DIM>(lane);
     const u32 warp_v = v_at + offset<HEAD_DIM_V>(key_warp * KEYS, 0) + lane_offset_a<HEAD_DIM_V>(lane);
     const u32 own_s = offset<BLOCK_M>(key_warp * KEYS + lane / 4, part * QUERIES + lane % 4 * 2);
 
-    Context context{score_of(p.problem, head0)};
+    Context context{score_of(p.problem, next.head)};
+#if ALIBI || DROPOUT
     u32 context_head = ~0u;
-    int stage = 0;
-    while (next.head < heads) {
-        const Cursor now = next;
-        const Piece &piece = pieces[now.piece];
-        if (now.head != context_head) {
-            context_head = now.head;
-            context.score = score_of(p.problem, now.head);
-#if DROPOUT
-            context.dropout = dropout_of(p.problem, tile.batch, now.head);
 #endif
-        }
-        if (threadIdx.x < 2 * BLOCK_M) stats[threadIdx.x] = stat;
-        copy_wait<0>();
-        barrier();
+    u32 turn = 0;
+    while (next.head < heads) {
+        const u32 stage = STAGES == 2 ? turn & 1 : 0, other = STAGES == 2 ? stage ^ 1 : 0;
         const u32 q_at = base + Q_AT + stage * Q_BYTES, o_at = base + O_AT + stage * O_BYTES;
-        advance(next, pieces, tile);
+        store_statistic(stats, stat);
+        copy_wait<0>();
+        barrier();  // the block is here, and nobody is in an earlier turn any more
+        const Now &now = control.now[turn & 1];
+        const int warp_key = control.tile.row0 + key_warp * KEYS;
+        const bool moved = advance(next, now.piece.q1, pieces, control.tile);
+        const Piece &then = moved ? pieces[next.piece] : now.piece;  // rarely from global memory
+        if (next.head < heads && threadIdx.x == 0) control.now[turn & 1 ^ 1] = {then, next.query, next.head};
         if (STAGES == 2) {
-            stage ^= 1;
             if (next.head < heads)
-                stat = load_queries(p, tile.batch, next, pieces[next.piece], base + Q_AT + stage * Q_BYTES,
-                                    base + O_AT + stage * O_BYTES);
+                stat = load_queries(p, control.tile.batch, next, then.q1, base + Q_AT + other * Q_BYTES,
+                                    base + O_AT + other * O_BYTES);
             copy_commit();
         }
+#if ALIBI || DROPOUT
+        if (now.head != context_head) {
+            context_head = now.head;
+            context.score = score_of(p.problem, context_head);
+#if DROPOUT
+            context.dropout = dropout_of(p.problem, control.tile.batch, context_head);
+#endif
+        }
+#endif
 
         UNROLL for (int chunk = 0; chunk < QUERIES / CHUNK_M; ++chunk) {
+            const Piece &piece = now.piece;
             const int row = part * QUERIES + chunk * CHUNK_M, query = now.query + row;
             const int least = warp_key - (query + CHUNK_M - 1), most = warp_key + KEYS - 1 - query;
             const bool sees = least <= piece.hi && most >= piece.lo && warp_key < piece.k1 && warp_key + KEYS > piece.k0 &&
@@ -336,8 +388,16 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             if (sees) {
                 const bool masked = least < piece.lo || most > piece.hi || warp_key < piece.k0 || warp_key + KEYS > piece.k1;
                 Chunk s, ds;
-                product<HEAD_DIM>(s, warp_k, q_at + offset<HEAD_DIM>(row, 0) + lane_offset_b<HEAD_DIM>(lane));
-                product<HEAD_DIM_V>(ds, warp_v, o_at + offset<HEAD_DIM_V>(row, 0) + lane_offset_b<HEAD_DIM_V>(lane));
+                const u32 lane_q = q_at + offset<HEAD_DIM>(row, 0) + lane_offset_b<HEAD_DIM>(lane);
+                const u32 lane_o = o_at + offset<HEAD_DIM_V>(row, 0) + lane_offset_b<HEAD_DIM_V>(lane);
+                // The two products are independent: side by side they hide each other's latency, if registers allow.
+                constexpr int STEPS = HEAD_DIM / 16, STEPS_V = HEAD_DIM_V / 16;
+                UNROLL for (int kk = 0; kk < STEPS; ++kk) {
+                    product_step<HEAD_DIM>(s, warp_k, lane_q, kk);
+                    if (SIDE_BY_SIDE && kk < STEPS_V) product_step<HEAD_DIM_V>(ds, warp_v, lane_o, kk);
+                }
+                UNROLL for (int kk = SIDE_BY_SIDE ? STEPS : 0; kk < STEPS_V; ++kk)
+                    product_step<HEAD_DIM_V>(ds, warp_v, lane_o, kk);
                 differentiate(s, ds, context, piece, {warp_key + lane / 4, query + lane % 4 * 2}, stats + row + lane % 4 * 2,
                               masked);
                 if (DQ || SPLIT > 1) store_chunk(ds, ds_at);
@@ -361,7 +421,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                     }
             }
         }
-        if (DQ || SPLIT > 1 || STAGES == 1) barrier();
+        barrier();  // dS (and P) are there; row statistics, and with STAGES = 1 Q and dout, may be overwritten
         if (SPLIT > 1) {
             const u32 warp_s = offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(lane);
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) {
@@ -379,18 +439,16 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         }
         if (STAGES == 1) {
             if (next.head < heads)
-                stat = load_queries(p, tile.batch, next, pieces[next.piece], base + Q_AT, base + O_AT);
+                stat = load_queries(p, control.tile.batch, next, control.now[turn & 1 ^ 1].piece.q1, base + Q_AT,
+                                    base + O_AT);
             copy_commit();
         }
 #if DQ
-        add_dq(p, at<float>(p.dq, tile.batch, now.query, now.head), piece.q1 - now.query, base + DS_AT, k_at, warp, lane);
+        add_dq(p, at<float>(p.dq, control.tile.batch, now.query, now.head), now.piece.q1 - now.query, base + DS_AT, k_at,
+               warp, lane);
 #endif
+        ++turn;
     }
     copy_wait<0>();
-
-    const int row = key_warp * KEYS + lane / 4, column = part * COLUMNS + lane % 4 * 2;
-    const bool add_k = p.add & 1, add_v = p.add & 2;
-    if (tile.count || !add_k) store_gradient<COLUMNS>(p.dk, tile, kv, row, column, dim, p.problem.scale, add_k, dk);
-    if (tile.count || !add_v)
-        store_gradient<COLUMNS_V>(p.dv, tile, kv, row, part * COLUMNS_V + lane % 4 * 2, dim_v, 1.0f, add_v, dv);
+    finish(p, dk, dv);
 }

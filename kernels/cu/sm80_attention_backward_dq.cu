@@ -46,15 +46,14 @@ DEVICE void load_keys(const BackwardParams &p, const u16 *k, const u16 *v, const
 }
 
 template <int DIM> DEVICE void product(Block &c, u32 a, u32 b) {
-    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) c[j][e] = 0.0f;
     UNROLL for (int kk = 0; kk < DIM / 16; ++kk) {
         u32 x[4];
         load_matrices(x, a + offset<DIM>(0, kk * 16));
         UNROLL for (int j = 0; j < BLOCK_N / 16; ++j) {
             u32 y[4];
             load_matrices(y, b + offset<DIM>(j * 16, kk * 16));
-            mma(c[2 * j], x, y[0], y[1]);
-            mma(c[2 * j + 1], x, y[2], y[3]);
+            mma(c[2 * j], x, y[0], y[1], kk == 0);
+            mma(c[2 * j + 1], x, y[2], y[3], kk == 0);
         }
     }
 }

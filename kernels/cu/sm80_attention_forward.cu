@@ -35,7 +35,8 @@ constexpr float LAZY = 8.0f;
 constexpr u32 Q_BYTES = BLOCK_M * pitch<HEAD_DIM>() * 2;
 constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2;
 constexpr u32 V_BYTES = BLOCK_N * pitch<HEAD_DIM_V>() * 2;
-static_assert(Q_BYTES + STAGES * (K_BYTES + V_BYTES) == SHARED_BYTES, "shared memory");
+constexpr u32 CONTROL_AT = Q_BYTES + STAGES * (K_BYTES + V_BYTES);
+static_assert(CONTROL_AT + 160 == SHARED_BYTES, "shared memory");
 
 typedef float Scores[M_TILES][BLOCK_N / 8][4];
 typedef float Output[M_TILES][HEAD_DIM_V / 8][4];
@@ -54,22 +55,36 @@ struct Cursor {
     u32 piece, end;
     int key;
 };
-DEVICE void advance(Cursor &at, const Piece *pieces) {
+// To the next block, where the current piece ends at key `end`; returns whether it is in another piece.
+DEVICE bool advance(Cursor &at, int end, const Piece *pieces) {
     at.key += BLOCK_N;
-    if (at.key >= pieces[at.piece].k1 && ++at.piece < at.end) at.key = pieces[at.piece].k0;
+    if (at.key < end) return false;
+    if (++at.piece < at.end) at.key = pieces[at.piece].k0;
+    return true;
 }
 
-DEVICE void load_keys(const ForwardParams &p, const u16 *k, const u16 *v, const Piece &s, int key, u32 to_k, u32 to_v) {
+// What all threads know alike lies in shared memory, since the loop needs the registers.
+struct Now {
+    Piece piece;
+    i32 key;
+    u32 unused;
+};
+struct Control {
+    Now now[2];  // of this turn and the next
+    Tile tile;
+    u32 unused[2];
+};
+static_assert(sizeof(Control) == 160, "shared memory");
+
+// Starts loading a block of K and V from key `key` on, valid before key `end`.
+DEVICE void load_keys(const ForwardParams &p, const u16 *k, const u16 *v, int end, int key, u32 to_k, u32 to_v) {
     int dim = EXACT ? HEAD_DIM : p.problem.head_dim, dim_v = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
-    load_tile<BLOCK_N, HEAD_DIM, THREADS>(to_k, k + key * p.k.row, p.k.row, s.k1 - key, dim, threadIdx.x);
-    load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(to_v, v + key * p.v.row, p.v.row, s.k1 - key, dim_v, threadIdx.x);
+    load_tile<BLOCK_N, HEAD_DIM, THREADS>(to_k, k + key * p.k.row, p.k.row, end - key, dim, threadIdx.x);
+    load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(to_v, v + key * p.v.row, p.v.row, end - key, dim_v, threadIdx.x);
 }
 
 // S = Q K^T of this warp.
 DEVICE void scores(Scores &s, u32 q, const u32 (&held)[M_TILES][Q_IN_REGISTERS ? HEAD_DIM / 16 : 1][4], u32 k) {
-    UNROLL for (int mt = 0; mt < M_TILES; ++mt)
-        UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
-            UNROLL for (int e = 0; e < 4; ++e) s[mt][j][e] = 0.0f;
     UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
         u32 a[M_TILES][4];
         UNROLL for (int mt = 0; mt < M_TILES; ++mt) {
@@ -83,8 +98,8 @@ DEVICE void scores(Scores &s, u32 q, const u32 (&held)[M_TILES][Q_IN_REGISTERS ?
             u32 b[4];
             load_matrices(b, k + offset<HEAD_DIM>(j * 16, kk * 16));
             UNROLL for (int mt = 0; mt < M_TILES; ++mt) {
-                mma(s[mt][2 * j], a[mt], b[0], b[1]);
-                mma(s[mt][2 * j + 1], a[mt], b[2], b[3]);
+                mma(s[mt][2 * j], a[mt], b[0], b[1], kk == 0);
+                mma(s[mt][2 * j + 1], a[mt], b[2], b[3], kk == 0);
             }
         }
     }
@@ -266,6 +281,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     const u32 head = where.head, kv = kv_head(p.problem, head);
     const int lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP);
     const u16 *k = at<const u16>(p.k, tile.batch, 0, kv), *v = at<const u16>(p.v, tile.batch, 0, kv);
+    Control &control = *reinterpret_cast<Control *>(memory + CONTROL_AT);
     const u32 q_at = shared_address(memory), k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
 
     Cursor next{tile.first, tile.first + tile.count, 0};
@@ -273,7 +289,11 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
                                           EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
     if (tile.count) {
         next.key = pieces[next.piece].k0;
-        load_keys(p, k, v, pieces[next.piece], next.key, k_at, v_at);
+        load_keys(p, k, v, pieces[next.piece].k1, next.key, k_at, v_at);
+        if (threadIdx.x == 0) {
+            control.tile = tile;
+            control.now[0] = {pieces[next.piece], next.key, 0};
+        }
     }
     copy_commit();
 
@@ -300,25 +320,28 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     const u32 lane_k = lane_offset_b<HEAD_DIM>(lane), lane_v = lane_offset_a<HEAD_DIM_V>(lane);
     u32 held[M_TILES][Q_IN_REGISTERS ? HEAD_DIM / 16 : 1][4];
 
-    int stage = 0;
-    bool first = true;
+    u32 turn = 0;
     while (next.piece < next.end) {
-        const Piece &piece = pieces[next.piece];
-        const int key = next.key;
         copy_wait<0>();
         barrier();  // this block is here, and nobody reads the other stage any more
-        advance(next, pieces);
-        if (next.piece < next.end)
-            load_keys(p, k, v, pieces[next.piece], next.key, k_at + (stage ^ 1) * K_BYTES, v_at + (stage ^ 1) * V_BYTES);
+        const u32 stage = turn & 1, other = stage ^ 1;
+        const Now &now = control.now[stage];
+        const Piece &piece = now.piece;
+        const int key = now.key;
+        const bool moved = advance(next, piece.k1, pieces);
+        if (next.piece < next.end) {
+            const Piece &then = moved ? pieces[next.piece] : piece;  // rarely from global memory
+            if (threadIdx.x == 0) control.now[other] = {then, next.key, 0};
+            load_keys(p, k, v, then.k1, next.key, k_at + other * K_BYTES, v_at + other * V_BYTES);
+        }
         copy_commit();
-        if (Q_IN_REGISTERS && first) {
+        if (Q_IN_REGISTERS && turn == 0) {
             UNROLL for (int mt = 0; mt < M_TILES; ++mt)
                 UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
                     load_matrices(held[mt][Q_IN_REGISTERS ? kk : 0], warp_q + offset<HEAD_DIM>(mt * 16, kk * 16));
-            first = false;
         }
         const int lo = piece.lo, hi = piece.hi, last_key = key + BLOCK_N - 1, last_row = first_row + ROWS - 1;
-        const bool sees = key - last_row <= hi && last_key - first_row >= lo && first_row < int(tile.row0 + tile.rows);
+        const bool sees = key - last_row <= hi && last_key - first_row >= lo && first_row < int(control.tile.row0 + control.tile.rows);
         if (sees) {
             Scores s;
             const LaneAt lane_at{lane_row, key + lane % 4 * 2};
@@ -334,15 +357,17 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
 #endif
             weigh(acc, s, v_at + stage * V_BYTES + lane_v);
         }
-        stage ^= 1;
+        ++turn;
     }
     copy_wait<0>();
 
+    const Place end_place = place(p.problem, p.problem.heads);  // read anew: the loop needs the registers
+    const Tile done = reinterpret_cast<const Tile *>(p.problem.tiles)[end_place.tile];
 #if PARTIAL
     if (p.stage & 2) {
-        store_partial(p, tile, head, lane_row, score.unit, rows, acc);
+        store_partial(p, done, end_place.head, lane_row, score.unit, rows, acc);
         return;
     }
 #endif
-    finish(p, tile, head, lane_row, score.unit, rows, acc);
+    finish(p, done, end_place.head, lane_row, score.unit, rows, acc);
 }

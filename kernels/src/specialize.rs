@@ -54,13 +54,14 @@ pub struct View {
 
 impl View {
     /// Whether 16-byte loads are possible in `views` (of one call, head sizes included) whose buffers start at 256-byte
-    /// boundaries: every offset, stride and last extent (but the extent 1 of row statistics) is a multiple of 8.
+    /// boundaries: every offset, stride and last extent (but the extent 1 of row statistics) is a multiple of 8, and no row
+    /// stride is 2^24 or more (addresses within a tile are 32-bit).
     pub fn of<'a>(views: impl IntoIterator<Item = &'a Strided>) -> Self {
         let whole = |v: &Strided| {
             let [b, s, h, d] = v.extent();
             let [sb, ss, sh, _] = v.strides();
             let strides = [(b, sb), (s, ss), (h, sh)];
-            d == 1 || (v.offset() % 8 == 0 && d % 8 == 0 && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
+            d == 1 || (ss < 1 << 24 && v.offset() % 8 == 0 && d % 8 == 0 && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
         };
         Self { aligned: views.into_iter().all(whole) }
     }
@@ -154,6 +155,7 @@ impl Specialization {
             format!("CHUNK_M={}", tile.chunk),
             format!("STAGES={}", tile.stages),
             format!("DQ_WARPS_M={}", tile.dq_warps_m(d)),
+            format!("SIDE_BY_SIDE={}", u32::from(tile.side_by_side)),
             format!("MIN_BLOCKS={}", tile.blocks),
             format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
         ]);
@@ -311,7 +313,8 @@ struct ForwardTile {
 
 impl ForwardTile {
     fn bytes(&self, d: u32, dv: u32) -> u32 {
-        tile_bytes(self.warps * self.m_tiles * 16, d) + 2 * (tile_bytes(self.keys, d) + tile_bytes(self.keys, dv))
+        let control = 160;
+        tile_bytes(self.warps * self.m_tiles * 16, d) + 2 * (tile_bytes(self.keys, d) + tile_bytes(self.keys, dv)) + control
     }
 }
 
@@ -338,6 +341,7 @@ struct BackwardTile {
     chunk: u32,
     stages: u32,
     blocks: u32,
+    side_by_side: bool,
 }
 
 impl BackwardTile {
@@ -349,7 +353,8 @@ impl BackwardTile {
         let pair = |rows| tile_bytes(rows, d) + tile_bytes(rows, dv);
         let exchanges = u32::from(dq || self.split > 1) + u32::from(self.split > 1);
         let scores = exchanges * tile_bytes(self.keys(), self.queries);
-        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries
+        let control = 160;
+        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control
     }
 
     /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns.
@@ -361,7 +366,7 @@ impl BackwardTile {
 }
 
 fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<BackwardTile> {
-    let of = |[key_warps, split, k_tiles, queries, chunk, stages, blocks]: [u32; 7]| BackwardTile {
+    let of = |[key_warps, split, k_tiles, queries, chunk, stages, blocks, side]: [u32; 8]| BackwardTile {
         key_warps,
         split,
         k_tiles,
@@ -369,19 +374,31 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         chunk,
         stages,
         blocks,
+        side_by_side: side == 1,
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
-    let tiles: &[[u32; 7]] = if d.max(dv) <= 64 && plain {
-        &[[4, 1, 2, 64, 32, 2, 2], [4, 1, 2, 32, 32, 2, 2], [4, 1, 1, 32, 32, 2, 2], [4, 1, 1, 32, 32, 1, 1]]
+    let tiles: &[[u32; 8]] = if d.max(dv) <= 64 && plain {
+        &[[4, 1, 2, 64, 32, 2, 2, 1], [4, 1, 2, 32, 32, 2, 2, 1], [4, 1, 1, 32, 32, 2, 2, 1]]
+    } else if d.max(dv) <= 64 {
+        &[[4, 1, 2, 64, 16, 2, 2, 0], [4, 1, 2, 32, 16, 2, 2, 0], [4, 1, 1, 32, 16, 2, 2, 0]]
     } else if d + dv <= 256 && plain {
-        &[[8, 1, 1, 64, 32, 2, 1], [8, 1, 1, 32, 32, 2, 1], [4, 1, 1, 32, 32, 2, 1], [4, 1, 1, 32, 32, 1, 1]]
+        &[[4, 2, 2, 64, 32, 2, 1, 1], [8, 1, 1, 64, 32, 2, 1, 0], [8, 1, 1, 32, 32, 1, 1, 0], [4, 1, 1, 32, 32, 1, 1, 0]]
+    } else if d + dv <= 256 {
+        &[[4, 2, 2, 64, 16, 2, 1, 0], [8, 1, 1, 64, 16, 2, 1, 0], [8, 1, 1, 32, 16, 1, 1, 0], [4, 1, 1, 32, 16, 1, 1, 0]]
     } else if d + dv <= 320 {
-        &[[8, 1, 1, 64, 16, 2, 1], [8, 1, 1, 32, 16, 2, 1], [4, 1, 1, 32, 16, 2, 1], [4, 1, 1, 32, 16, 1, 1]]
+        &[[8, 1, 1, 64, 16, 2, 1, 0], [8, 1, 1, 32, 16, 2, 1, 0], [4, 1, 1, 32, 16, 2, 1, 0], [4, 1, 1, 32, 16, 1, 1, 0]]
     } else {
-        &[[4, 2, 1, 64, 16, 2, 1], [4, 2, 1, 64, 16, 1, 1], [2, 2, 1, 32, 16, 2, 1], [2, 2, 1, 32, 16, 1, 1]]
+        &[
+            [2, 4, 2, 64, 16, 2, 1, 1],
+            [4, 2, 1, 64, 16, 2, 1, 0],
+            [4, 2, 1, 64, 16, 1, 1, 0],
+            [2, 2, 1, 32, 16, 2, 1, 0],
+            [2, 2, 1, 32, 16, 1, 1, 0],
+        ]
     };
     let dq = Specialization::atomics(spec);
-    tiles.iter().map(|t| of(*t)).find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))
+    let mut fitting = tiles.iter().map(|t| of(*t)).filter(|t| d % (16 * t.split) == 0 && dv % (16 * t.split) == 0);
+    fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))
 }
 
 struct DqTile {
