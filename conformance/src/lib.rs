@@ -30,8 +30,8 @@ pub mod report;
 mod runner;
 mod team;
 
-pub use cases::{Body, Case, Tier};
+pub use cases::{Body, Case, Tier, table};
 pub use expectations::Expectations;
 pub use rank::{Failure, Rank, Tensor};
 pub use report::{CaseReport, Counts, Outcome, Report};
-pub use runner::{Options, judge, run, run_cases};
+pub use runner::{Options, RawFailure, judge, run, run_cases};

@@ -24,8 +24,10 @@ pub struct Options {
     pub seed: u64,
     /// Expectations, as TOML text (see [`crate::expectations`]).
     pub expectations: String,
-    /// Device of each rank by index; empty means all devices of the machine in turn.
-    pub devices: Vec<u32>,
+    /// Devices that ranks take in turn; empty means all that the backend lists.
+    pub devices: Vec<DeviceInfo>,
+    /// The name in the report; empty means the backend's.
+    pub name: String,
     /// Whether several ranks may sit on one device. Without it a case with more ranks than devices finds no machine.
     pub share_devices: bool,
     /// What bounds every wait for a peer or a stream; a case as a whole may take six times as long.
@@ -45,6 +47,7 @@ impl Default for Options {
             seed: 1,
             expectations: String::new(),
             devices: Vec::new(),
+            name: String::new(),
             share_devices: true,
             limit: Duration::from_secs(20),
             machine: String::new(),
@@ -56,7 +59,7 @@ impl Default for Options {
 /// Runs the suite against `B`. `progress` hears of every case as it ends, with the number of cases done and of all.
 ///
 /// # Errors
-/// [`Error::Invalid`] for options that can't be: ranks out of 1..=8, unreadable expectations, unknown device indexes. What a
+/// [`Error::Invalid`] for options that can't be: ranks out of 1..=8, unreadable expectations. What a
 /// backend does wrong is in the report.
 pub fn run<B: Backend>(options: &Options, progress: &mut dyn FnMut(&CaseReport, usize, usize)) -> Result<Report> {
     run_cases(options, table::<B>(options.seed), progress)
@@ -82,11 +85,12 @@ pub fn run_cases<B: Backend>(
     if cases.is_empty() {
         problems.push("no case was selected".into());
     }
-    let machine = Machine::of::<B>(options)?;
+    let machine = Machine::of::<B>(options);
     let cases = run_all(options, &expectations, &machine, &cases, progress);
-    let required = std::env::var("LONGSPAN_REQUIRE").is_ok_and(|r| r.split(',').any(|name| name.trim() == B::NAME));
+    let name = if options.name.is_empty() { B::NAME } else { &options.name };
+    let required = std::env::var("LONGSPAN_REQUIRE").is_ok_and(|r| r.split(',').any(|n| n.trim() == B::NAME));
     Ok(Report {
-        backend: B::NAME.into(),
+        backend: name.into(),
         tier: options.tier.name().into(),
         machine: options.machine.clone(),
         date: options.date.clone(),
@@ -114,23 +118,17 @@ struct Machine {
 }
 
 impl Machine {
-    fn of<B: Backend>(options: &Options) -> Result<Self> {
+    fn of<B: Backend>(options: &Options) -> Self {
         let share = options.share_devices;
-        let all = match B::devices() {
-            Ok(all) if all.is_empty() => return Ok(Self { devices: Err("no device".into()), share }),
-            Ok(all) => all,
-            Err(error) => return Ok(Self { devices: Err(error.to_string()), share }),
-        };
-        if options.devices.is_empty() {
-            return Ok(Self { devices: Ok(all), share });
+        if !options.devices.is_empty() {
+            return Self { devices: Ok(options.devices.clone()), share };
         }
-        let find = |index: &u32| {
-            let known = || {
-                format!("there is no device {index}; there are {:?}", all.iter().map(|d| d.index).collect::<Vec<_>>())
-            };
-            all.iter().find(|d| d.index == *index).cloned().ok_or_else(|| Error::invalid("devices", known()))
+        let devices = match B::devices() {
+            Ok(all) if all.is_empty() => Err("no device".into()),
+            Ok(all) => Ok(all),
+            Err(error) => Err(error.to_string()),
         };
-        Ok(Self { devices: Ok(options.devices.iter().map(find).collect::<Result<_>>()?), share })
+        Self { devices, share }
     }
 
     /// A device for each of `ranks`.

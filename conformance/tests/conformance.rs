@@ -1,44 +1,84 @@
-//! The quick tier against every flavour of the CPU backend.
+//! The quick tier against every flavour of the CPU backend, and the reports that come out.
 
-use longspan_conformance::{Options, expectations, run};
-use longspan_cpu::{Cpu, CpuAscendLike, CpuChecked, CpuNcclLike, CpuPush};
-use longspan_hal::Backend;
+use longspan_conformance::cases::engine;
+use longspan_conformance::{Case, Failure, Options, Outcome, Report, expectations, run_cases, table};
+use longspan_cpu::Cpu;
 
-fn passes<B: Backend>(filter: Option<&str>) {
+fn passes(name: &'static str) {
     let options = Options {
-        filter: filter.map(Into::into),
-        expectations: expectations::built_in(B::NAME).into(),
+        devices: Cpu::named(name).into_iter().collect(),
+        name: name.into(),
+        expectations: expectations::built_in(name).into(),
         ..Options::default()
     };
-    let report = run::<B>(&options, &mut |_, _, _| {}).expect("the options are right");
-    println!("{}\n{}", B::NAME, report.summary());
-    assert!(report.is_ok(), "{}\n{}", B::NAME, report.summary());
-    let again: longspan_conformance::Report =
-        serde_json::from_str(&report.to_json().expect("plain data")).expect("the report's own JSON");
+    let cases = table::<Cpu>(options.seed).into_iter().chain(engine::cases(name)).collect();
+    let report = run_cases(&options, cases, &mut |_, _, _| {}).expect("the options are right");
+    println!("{name}\n{}", report.summary());
+    assert!(report.is_ok(), "{name}: see above");
+    assert!(report.counts.passed > 300, "{name}: {:?}", report.counts);
+    let again: Report = serde_json::from_str(&report.to_json().expect("plain data")).expect("the report's own JSON");
     assert_eq!(again.counts, report.counts);
 }
 
 #[test]
 fn cpu() {
-    passes::<Cpu>(None);
+    passes("cpu");
 }
 
 #[test]
 fn cpu_checked() {
-    passes::<CpuChecked>(None);
+    passes("cpu-checked");
 }
 
 #[test]
 fn cpu_nccl_like() {
-    passes::<CpuNcclLike>(None);
+    passes("cpu-nccl-like");
 }
 
 #[test]
 fn cpu_push() {
-    passes::<CpuPush>(None);
+    passes("cpu-push");
 }
 
 #[test]
 fn cpu_ascend_like() {
-    passes::<CpuAscendLike>(None);
+    passes("cpu-ascend-like");
+}
+
+fn run(expectations: &str, body: fn() -> std::result::Result<(), Failure>) -> Report {
+    let options = Options { expectations: expectations.into(), ..Options::default() };
+    let case = Case::<Cpu>::new("group/case", 1, move |_| body());
+    run_cases(&options, vec![case], &mut |_, _, _| {}).expect("the options are right")
+}
+
+#[test]
+fn expectations_decide_what_is_good() {
+    let never = "[[never]]\npattern = 'group/*'\nwhy = 'x'";
+    let broken = "[[broken]]\npattern = 'group/case'\nwhy = 'x'\nlink = 'y'";
+    let refused = || Err(Failure::Refused("no".into()));
+    let wrong = || Err(Failure::wrong("wrong"));
+    for (list, body, outcome) in [
+        ("", (|| Ok(())) as fn() -> _, Outcome::Pass),
+        ("", refused, Outcome::Fail),
+        ("", wrong, Outcome::Fail),
+        (never, refused, Outcome::Refused),
+        (never, || Ok(()), Outcome::Fail),
+        (broken, wrong, Outcome::Broken),
+        (broken, || Ok(()), Outcome::Fail),
+    ] {
+        let report = run(list, body);
+        assert_eq!(report.cases[0].outcome, outcome, "{list}");
+        assert_eq!(report.exit_code(), u8::from(outcome == Outcome::Fail));
+    }
+    let idle = run("[[never]]\npattern = 'nothing'\nwhy = 'x'", || Ok(()));
+    assert_eq!((idle.counts.passed, idle.exit_code()), (1, 1));
+    assert!(idle.summary().ends_with("1 passed, 0 failed, 0 refused, 0 no machine, 0 broken"));
+}
+
+#[test]
+fn a_case_with_more_ranks_than_devices_finds_no_machine() {
+    let options = Options { share_devices: false, ..Options::default() };
+    let case = Case::<Cpu>::new("group/case", 2, |_| Ok(()));
+    let report = run_cases(&options, vec![case], &mut |_, _, _| {}).expect("the options are right");
+    assert_eq!((report.cases[0].outcome, report.counts.passed), (Outcome::NoMachine, 0));
 }

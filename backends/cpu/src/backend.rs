@@ -1,7 +1,5 @@
-//! The CPU backends: one implementation under several names, which differ in [`Options`] only.
+//! The CPU as a [`Backend`]: one device under several personalities, which differ in [`Options`] only.
 
-use std::fmt::Debug;
-use std::marker::PhantomData;
 use std::time::Duration;
 
 use longspan_hal::{Backend, DeviceInfo, Error, GroupId, Result};
@@ -9,67 +7,52 @@ use longspan_hal::{Backend, DeviceInfo, Error, GroupId, Result};
 use crate::caps::{name, total_memory};
 use crate::{CpuAttention, CpuCollective, CpuDevice, Options, Personality};
 
-/// What distinguishes one CPU backend from another.
-pub trait Flavor: Debug + Send + Sync + 'static {
-    /// The backend's name.
-    const NAME: &'static str;
-    /// How its devices behave.
-    const OPTIONS: Options;
-}
+/// Names and behaviour of the CPU's devices, by index. All are the same cores; the first is the one to compute with, the
+/// others exist to judge algorithms.
+const DEVICES: [(&str, Options); 5] = [
+    ("cpu", Options::new(Personality::Plain, false)),
+    ("cpu-checked", Options::new(Personality::Plain, true)),
+    ("cpu-nccl-like", Options::new(Personality::NcclLike, true)),
+    ("cpu-push", Options::new(Personality::Push, true)),
+    ("cpu-ascend-like", Options::new(Personality::AscendLike, true)),
+];
 
 /// The CPU as a [`Backend`].
 #[derive(Debug)]
-pub struct CpuBackend<F: Flavor>(PhantomData<F>);
+pub struct Cpu;
 
-macro_rules! flavors {
-    ($($(#[$doc:meta])* $alias:ident = $flavor:ident($name:literal, $personality:ident, $checked:literal);)*) => {
-        $(
-            $(#[$doc])*
-            pub type $alias = CpuBackend<$flavor>;
+impl Cpu {
+    /// Names of the CPU's devices: `cpu`, and `cpu-checked`, `cpu-nccl-like`, `cpu-push`, `cpu-ascend-like`, which run in
+    /// checked mode.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        DEVICES.iter().map(|d| d.0)
+    }
 
-            #[doc = concat!("The [`Flavor`] of `", $name, "`.")]
-            #[derive(Debug)]
-            pub enum $flavor {}
-
-            impl Flavor for $flavor {
-                const NAME: &'static str = $name;
-                const OPTIONS: Options = Options::new(Personality::$personality, $checked);
-            }
-        )*
-    };
+    /// The device of this name.
+    pub fn named(wanted: &str) -> Option<DeviceInfo> {
+        let index = DEVICES.iter().position(|d| d.0 == wanted)?;
+        Some(DeviceInfo::new(index as u32, name(), total_memory()))
+    }
 }
 
-flavors! {
-    /// `cpu`: to compute with.
-    Cpu = Plain("cpu", Plain, false);
-    /// `cpu-ascend-like`: checked, [`Personality::AscendLike`].
-    CpuAscendLike = AscendLike("cpu-ascend-like", AscendLike, true);
-    /// `cpu-checked`: checked mode.
-    CpuChecked = Checked("cpu-checked", Plain, true);
-    /// `cpu-nccl-like`: checked, [`Personality::NcclLike`].
-    CpuNcclLike = NcclLike("cpu-nccl-like", NcclLike, true);
-    /// `cpu-push`: checked, [`Personality::Push`].
-    CpuPush = Push("cpu-push", Push, true);
-}
-
-impl<F: Flavor> Backend for CpuBackend<F> {
-    const NAME: &'static str = F::NAME;
+impl Backend for Cpu {
+    const NAME: &'static str = "cpu";
 
     type Device = CpuDevice;
     type Collective = CpuCollective;
     type Attention = CpuAttention;
 
+    /// The device to compute with; [`Cpu::named`] gives the others.
     fn devices() -> Result<Vec<DeviceInfo>> {
         Ok(vec![DeviceInfo::new(0, name(), total_memory())])
     }
 
     fn open(info: &DeviceInfo) -> Result<CpuDevice> {
-        if info.index != 0 {
-            let why =
-                format!("{} of backend {}: this machine is device 0, and all ranks share it", info.index, F::NAME);
+        let Some((name, options)) = DEVICES.get(info.index as usize) else {
+            let why = format!("{} of backend cpu: all ranks share this machine's device 0", info.index);
             return Err(Error::invalid("device", why));
-        }
-        Ok(CpuDevice::open(F::NAME, F::OPTIONS))
+        };
+        Ok(CpuDevice::open(name, *options))
     }
 
     fn group_id() -> Result<GroupId> {

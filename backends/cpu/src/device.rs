@@ -94,7 +94,7 @@ impl CpuDevice {
     }
 
     fn purpose(&self, window: Option<u64>) -> Purpose {
-        Purpose { device: self.0.id, poison: self.0.options.checked || cfg!(debug_assertions), window }
+        Purpose { poison: self.0.options.checked || cfg!(debug_assertions), window }
     }
 }
 

@@ -37,7 +37,7 @@ mod sync;
 mod table;
 
 pub use attention::{CpuAttention, CpuPlan};
-pub use backend::{Cpu, CpuAscendLike, CpuBackend, CpuChecked, CpuNcclLike, CpuPush, Flavor};
+pub use backend::Cpu;
 pub use collective::CpuCollective;
 pub use device::{CpuDevice, Options};
 pub use event::CpuEvent;

@@ -40,7 +40,6 @@ pub(crate) struct Account {
 
 struct Block {
     id: u64,
-    device: u64,
     base: NonNull<u8>,
     bytes: usize,
     home: Home,
@@ -60,8 +59,6 @@ enum Home {
 /// What an allocation is for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Purpose {
-    /// The device handle.
-    pub device: u64,
     /// Filled with NaN patterns.
     pub poison: bool,
     /// The group whose peers may write it.
@@ -133,7 +130,7 @@ impl Buffer {
 
     fn new(base: NonNull<u8>, bytes: usize, home: Home, table: Arc<Table>, purpose: Purpose) -> Self {
         let id = NEXT_BLOCK.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::new(Block { id, device: purpose.device, base, bytes, home, table, window: purpose.window }))
+        Self(Arc::new(Block { id, base, bytes, home, table, window: purpose.window }))
     }
 
     /// Address of the first byte.
@@ -155,11 +152,6 @@ impl Buffer {
     /// Distinct for every allocation and adoption of the process.
     pub(crate) fn id(&self) -> u64 {
         self.0.id
-    }
-
-    /// The device handle that made it.
-    pub(crate) fn device(&self) -> u64 {
-        self.0.device
     }
 
     /// The accesses of this memory.

@@ -106,6 +106,7 @@ struct Active {
 
 #[derive(Debug)]
 struct Last {
+    device: u64,
     stream: u64,
     time: u64,
     touch: Touch,
@@ -142,8 +143,7 @@ impl Table {
             return Err(race(&a.touch, &touch));
         }
         if let Some(clock) = op.clock {
-            let handed_over = access.buffer.device() != op.device;
-            ranges.remember(op.stream, clock, handed_over, touch)?;
+            ranges.remember(op, clock, touch)?;
         }
         ranges.active.push(Active { id: op.id, stream: op.stream, touch });
         Ok(())
@@ -168,8 +168,10 @@ impl Table {
 
 impl Ranges {
     /// Compares `touch` with the remembered accesses and remembers it.
-    fn remember(&mut self, stream: u64, clock: &Clock, handed_over: bool, touch: Touch) -> Result<()> {
-        let before = |l: &Last| clock.time(l.stream) >= l.time || (handed_over && some_host_saw(l.stream, l.time));
+    fn remember(&mut self, op: &Starting<'_>, clock: &Clock, touch: Touch) -> Result<()> {
+        // Between device handles, the host orders in ways that no clock sees: enough that someone synchronised.
+        let seen = |l: &Last| l.device != op.device && some_host_saw(l.stream, l.time);
+        let before = |l: &Last| clock.time(l.stream) >= l.time || seen(l);
         if let Some(l) = self.last.iter().find(|l| !before(l) && l.touch.conflicts(&touch)) {
             return Err(race(&l.touch, &touch));
         }
@@ -177,7 +179,7 @@ impl Ranges {
         if self.last.len() >= REMEMBERED {
             self.last.remove(0);
         }
-        self.last.push(Last { stream, time: clock.time(stream), touch });
+        self.last.push(Last { device: op.device, stream: op.stream, time: clock.time(op.stream), touch });
         Ok(())
     }
 }

@@ -239,7 +239,7 @@ fn barriers<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
 /// Even and odd ranks talk among themselves, then all talk again.
 fn subgroups<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     let me = rank.index();
-    for (members, in_it) in [([0, 2], me % 2 == 0), ([1, 3], me % 2 == 1)] {
+    for (members, in_it) in [([0, 2], me.is_multiple_of(2)), ([1, 3], !me.is_multiple_of(2))] {
         let group = rank.collective.subgroup(&members)?;
         check(group.is_some() == in_it, || format!("rank {me} in {members:?}: got a group: {}", group.is_some()))?;
         let Some(group) = group else { continue };

@@ -96,8 +96,7 @@ fn seed_on_device<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     rank.device.upload(&rank.stream, &values.seed.to_le_bytes(), at)?;
     let [q, k, v] = [loaded.qkv[0].view()?, loaded.qkv[1].view()?, loaded.qkv[2].view()?];
     let stage = Stage::All { out: device.out.view_mut()?, lse: device.lse.view_mut()? };
-    let mut extras = Extras::default();
-    extras.seed = Some(Seed::Device(&seed));
+    let extras = Extras { seed: Some(Seed::Device(&seed)), ..Extras::default() };
     let args = Forward::new(&spec, [q, k, v], stage, extras, planned.1.as_ref())?;
     rank.attention.forward(&rank.stream, &planned.0, &args)?;
     check(rank.read_bytes(&host.out)? == rank.read_bytes(&device.out)?, || {
@@ -206,12 +205,14 @@ fn non_finite<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     problem::forward(rank, &spec, &plans, &dirty, &outputs[1])?;
     let (clean, dirty) = (rank.read(&outputs[0].out)?, rank.read(&outputs[1].out)?);
     for ((_, i, _, d), x) in dirty.indexed_iter() {
+        let wanted = clean[[0, i, 0, d]];
         let ok = match (i, d) {
             (50.., 3) => x.is_nan(),
             (60.., 4) => *x == f32::INFINITY,
-            _ => *x == clean[[0, i, 0, d]],
+            // Another way through the kernel may round differently.
+            _ => (x - wanted).abs() <= 1e-5,
         };
-        check(ok, || format!("row {i} column {d} is {x}"))?;
+        check(ok, || format!("row {i} column {d} is {x}, without them {wanted}"))?;
     }
     Ok(())
 }

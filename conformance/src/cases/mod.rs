@@ -10,6 +10,7 @@ pub mod agreement;
 pub mod attention;
 pub mod collective;
 pub mod device;
+pub mod engine;
 pub mod exchange;
 pub mod kernels;
 pub mod pairwise;
@@ -112,7 +113,7 @@ impl<B: Backend> Case<B> {
     }
 }
 
-/// Every case of both tiers. `seed` chooses the configurations of the sweeps; names of sweeps name their options.
+/// Every case of both tiers; those of the facade where it knows the backend. `seed` chooses the configurations of the sweeps; names of sweeps name their options.
 pub fn table<B: Backend>(seed: u64) -> Vec<Case<B>> {
     let mut cases = Vec::new();
     cases.extend(device::cases());
@@ -121,5 +122,8 @@ pub fn table<B: Backend>(seed: u64) -> Vec<Case<B>> {
     cases.extend(collective::cases());
     cases.extend(attention::cases(seed));
     cases.extend(seqpar::cases(seed));
+    if longspan::backends().contains(&B::NAME) {
+        cases.extend(engine::cases(B::NAME));
+    }
     cases
 }

@@ -2,10 +2,10 @@
 
 use longspan_hal::{Backend, DType, Device, Error, Extent, Extras, Seed, Strided};
 use longspan_seqpar::{Gradients, Inputs, Layout, Mask, Mesh, OutputRows, Outputs, Plan, Problem, Trace, Usp, Work};
-use ndarray::{Array1, Array3, Array4, Axis, concatenate, s};
+use ndarray::{Array3, Array4, Axis, concatenate, s};
 
 use super::problem::{Memory, extent_of, lay};
-use crate::bound::{factor, judge};
+use crate::bound::{factor, judge, judge_sinks};
 use crate::host::Random;
 use crate::oracle::{self, Incoming};
 use crate::rank::{Failure, Rank, Tensor, array, check};
@@ -174,10 +174,11 @@ impl<B: Backend> Loaded<B> {
     }
 
     fn inputs(&self, problem: &Problem) -> Result<Inputs<'_, B::Device>, Error> {
-        let mut extras = Extras::default();
-        extras.alibi_slopes = if problem.alibi { Some(self.slopes.view()?) } else { None };
-        extras.sinks = if problem.sinks { Some(self.sinks.view()?) } else { None };
-        extras.seed = problem.dropout.map(|_| Seed::Host(self.seed));
+        let extras = Extras {
+            alibi_slopes: if problem.alibi { Some(self.slopes.view()?) } else { None },
+            sinks: if problem.sinks { Some(self.sinks.view()?) } else { None },
+            seed: problem.dropout.map(|_| Seed::Host(self.seed)),
+        };
         let [q, k, v] = &self.shard.qkv;
         let joint = match &self.joint {
             Some(j) => Some([j.qkv[0].view()?, j.qkv[1].view()?, j.qkv[2].view()?]),
@@ -309,14 +310,14 @@ fn together(setup: &Setup, all: &[Vec<f32>]) -> Result<Together, Failure> {
     };
     let layouts = [&setup.q, &setup.q, &setup.q, &setup.k, &setup.k];
     let mut sequence = Vec::new();
-    for i in 0..5 {
+    for (i, layout) in layouts.into_iter().enumerate() {
         let mut shards = Vec::new();
         for r in 0..all.len() {
             let [b, s, h, d] = shapes(setup.q.rows(r as u32), setup.k.rows(r as u32))[i];
             shards.push(take(r, b * s * h * d)?);
         }
         let [b, s, h, d] = shapes(setup.q.seq(), setup.k.seq())[i];
-        sequence.push(array([b, s, h, d], layouts[i].unshard(&shards, b, h * d)?)?);
+        sequence.push(array([b, s, h, d], layout.unshard(&shards, b, h * d)?)?);
     }
     let mut replica = |n: usize| -> Result<Vec<f32>, Failure> {
         let first = take(0, n)?;
@@ -361,15 +362,14 @@ fn judge_all<B: Backend>(rank: &mut Rank<B>, setup: &Setup, whole: &Whole, all: 
     let f = factor(&spec);
     let wide = |x: Array4<f32>| x.into_iter().map(f64::from);
     let mut judged = vec![
-        ("out", judge("out", wide(out), &exact.out, &plain.out, f)?),
+        ("out", judge("out", wide(out.clone()), &exact.out, &plain.out, f)?),
         ("lse", judge("lse", wide(lse), &exact.lse, &fine.lse, f)?),
         ("dq", judge("dq", wide(dq), &e.dq, &g.dq, f)?),
         ("dk", judge("dk", wide(dk), &e.dk, &g.dk, f)?),
         ("dv", judge("dv", wide(dv), &e.dv, &g.dv, f)?),
     ];
-    if let (Some(e), Some(g)) = (&e.dsinks, &g.dsinks) {
-        let got: Array1<f64> = dsinks.iter().map(|x| f64::from(*x)).collect();
-        judged.push(("dsinks", judge("dsinks", got, e, g, f)?));
+    if let Some(sinks) = &problem.sinks {
+        judged.push(("dsinks", judge_sinks(&dsinks, sinks, &out, &exact.lse, &whole.incoming)?));
     }
     for (what, judged) in judged {
         rank.figure(format!("{what} used of bound"), judged.used());

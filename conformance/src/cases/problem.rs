@@ -6,7 +6,7 @@ use longspan_hal::{
 };
 use ndarray::{Array4, Axis, s};
 
-use crate::bound::{factor, judge};
+use crate::bound::{factor, judge, judge_sinks};
 use crate::host::{Random, random_strided};
 use crate::oracle::{self, Answer, Incoming, Problem};
 use crate::rank::{Buffer, Failure, Rank, Tensor, check};
@@ -253,11 +253,11 @@ impl<B: Backend> Loaded<B> {
     /// # Errors
     /// None, in practice.
     pub fn extras(&self, spec: &Spec) -> Result<Extras<'_, B::Device>, Error> {
-        let mut extras = Extras::default();
-        extras.alibi_slopes = if spec.alibi { Some(self.slopes.view()?) } else { None };
-        extras.sinks = if spec.sinks { Some(self.sinks.view()?) } else { None };
-        extras.seed = spec.dropout.map(|_| Seed::Host(self.seed));
-        Ok(extras)
+        Ok(Extras {
+            alibi_slopes: if spec.alibi { Some(self.slopes.view()?) } else { None },
+            sinks: if spec.sinks { Some(self.sinks.view()?) } else { None },
+            seed: spec.dropout.map(|_| Seed::Host(self.seed)),
+        })
     }
 }
 
@@ -452,12 +452,13 @@ pub fn run<B: Backend>(rank: &mut Rank<B>, config: &Config) -> Result<(), Failur
     let plain = oracle::plain(&problem, Some(&values.incoming), s.dtype);
     let fine = oracle::plain(&problem, None, DType::F32);
     rank.step("judge", 0);
-    judge_all(rank, s, &outputs, &backed, [&exact, &plain, &fine])
+    judge_all(rank, s, &values, &outputs, &backed, [&exact, &plain, &fine])
 }
 
 fn judge_all<B: Backend>(
     rank: &mut Rank<B>,
     spec: &Spec,
+    values: &Values,
     outputs: &Outputs<B>,
     backed: &Backed<B>,
     [exact, plain, fine]: [&Answer; 3],
@@ -478,9 +479,12 @@ fn judge_all<B: Backend>(
         let got = got.iter().zip(&backed.before[i]).map(|(x, before)| f64::from(*x) - f64::from(*before));
         judged.push((what, judge(what, got, exact, plain, f)?));
     }
-    if let (Some(exact), Some(plain)) = (&g.dsinks, &p.dsinks) {
+    if spec.sinks {
         rank.check_around("dsinks", &backed.dsinks)?;
-        judged.push(("dsinks", judge("dsinks", wide(rank.read(&backed.dsinks)?), exact, plain, f)?));
+        let got: Vec<f32> = rank.read(&backed.dsinks)?.into_iter().collect();
+        let sinks = &values.sinks[spec.head_first..];
+        let judged_sinks = judge_sinks(&got, sinks, &rank.read(&outputs.out)?, &exact.lse, &values.incoming)?;
+        judged.push(("dsinks", judged_sinks));
     }
     for (what, judged) in judged {
         rank.figure(format!("{what} used of bound"), judged.used());

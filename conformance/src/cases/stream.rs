@@ -50,6 +50,11 @@ fn holds<B: Backend>(rank: &Rank<B>, tensor: &Tensor<B>, value: f32) -> Result<(
     }
 }
 
+/// Waits for `streams`; an error of theirs comes before wrong values.
+fn finish<B: Backend>(rank: &Rank<B>, streams: &[Stream<B>]) -> Result<(), Failure> {
+    Ok(streams.iter().try_for_each(|stream| rank.device.synchronize(stream, rank.limit))?)
+}
+
 fn one_stream_runs_in_order<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     let (a, b) = (line(rank)?, line(rank)?);
     for i in 0..50 {
@@ -71,6 +76,7 @@ fn events_order_two_streams<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failur
         copy(rank, &other, &a, &b)?;
         order(rank, &other, &rank.stream)?;
     }
+    finish(rank, &[other])?;
     holds(rank, &b, 49.0)
 }
 
@@ -88,6 +94,7 @@ fn events_order_a_chain<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
         }
         order(rank, last, &rank.stream)?;
     }
+    finish(rank, &streams)?;
     holds(rank, &lines[6], 9.0)
 }
 
@@ -107,6 +114,7 @@ fn events_order_many_readers<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failu
             order(rank, stream, &rank.stream)?;
         }
     }
+    finish(rank, &streams)?;
     copies.iter().try_for_each(|c| holds(rank, c, 19.0))
 }
 

@@ -116,7 +116,7 @@ fn parts_of_one_buffer<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
         kept.push((part, values));
     }
     for (part, values) in &kept {
-        check(&rank.read(part)? == values, || "a part of a packed buffer was disturbed".into())?;
+        check(rank.read(part)? == *values, || "a part of a packed buffer was disturbed".into())?;
     }
     rank.check_around("packed", &packed)?;
     // Rows of a sequence, copied from part to part of the same buffer.

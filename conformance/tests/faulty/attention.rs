@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use longspan_cpu::CpuChecked;
+use longspan_cpu::Cpu as CpuBackend;
 use longspan_hal::{
     Accumulate, Attention, Backend, Backward, Device, Extras, Forward, Gradient, Partial, Prepare, Result, Seed, Slice,
     Slices, Spec, Stage, ViewMut,
@@ -12,7 +12,7 @@ use longspan_hal::{
 
 use super::{Cpu, Fault, FaultyDevice, fault, view, view_mut, views};
 
-type Below = <CpuChecked as Backend>::Attention;
+type Below = <CpuBackend as Backend>::Attention;
 type Stream = <Cpu as Device>::Stream;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -66,7 +66,7 @@ impl FaultyAttention {
 /// `spec` as a kernel sees it that takes local heads for global ones.
 fn local_heads(spec: &Spec) -> Spec {
     let mut local = spec.clone();
-    if spec.head_first % spec.group == 0 {
+    if spec.head_first.is_multiple_of(spec.group) {
         (local.head_first, local.kv_first) = (0, 0);
     }
     local
@@ -88,20 +88,25 @@ fn disturbed(slice: &Slice) -> Slice {
 
 /// Query rows of each batch row that no slice selects, one range each.
 fn unseen(spec: &Spec, slices: &Slices) -> Vec<(usize, Range<usize>)> {
-    let seen = |b: usize, i: usize| slices.as_slice().iter().any(|s| s.batch as usize == b && s.q.contains(&(i as u32)));
+    let seen =
+        |b: usize, i: usize| slices.as_slice().iter().any(|s| s.batch as usize == b && s.q.contains(&(i as u32)));
     let rows = (0..spec.batch).flat_map(|b| (0..spec.q_rows).map(move |i| (b, i)));
     rows.filter(|&(b, i)| !seen(b, i)).map(|(b, i)| (b, i..i + 1)).collect()
 }
 
 fn extras<'a>(e: &Extras<'a, FaultyDevice>) -> Result<Extras<'a, Cpu>> {
-    let mut below = Extras::default();
-    below.alibi_slopes = e.alibi_slopes.map(view).transpose()?;
-    below.sinks = e.sinks.map(view).transpose()?;
-    below.seed = e.seed.map(|seed| match seed {
-        Seed::Device(buffer) => Seed::Device(buffer),
-        Seed::Host(seed) => Seed::Host(seed),
-    });
-    Ok(below)
+    Ok(Extras {
+        alibi_slopes: e.alibi_slopes.map(view).transpose()?,
+        sinks: e.sinks.map(view).transpose()?,
+        seed: e.seed.map(|seed| match seed {
+            Seed::Device(buffer) => Seed::Device(buffer),
+            Seed::Host(seed) => Seed::Host(seed),
+        }),
+    })
+}
+
+fn gradient<'a>(g: Gradient<'a, FaultyDevice>) -> Result<Gradient<'a, Cpu>> {
+    Ok(Gradient { into: view_mut(g.into)?, store: g.store })
 }
 
 fn partial<'a>(p: &Partial<'a, FaultyDevice>) -> Result<Partial<'a, Cpu>> {
@@ -148,7 +153,8 @@ impl Attention<FaultyDevice> for FaultyAttention {
     fn forward(&self, on: &Stream, plan: &Plan, args: &Forward<'_, FaultyDevice>) -> Result<()> {
         let inputs = [view(args.q)?, view(args.k)?, view(args.v)?];
         let extras = extras(&args.extras)?;
-        if let (Fault::EmptyRowsIgnored, Stage::Continue(p) | Stage::Finish { partial: p, .. }) = (fault(), &args.stage) {
+        if let (Fault::EmptyRowsIgnored, Stage::Continue(p) | Stage::Finish { partial: p, .. }) = (fault(), &args.stage)
+        {
             self.spoil_empty_rows(on, &partial(p)?)?;
         }
         let below = Forward::new(&plan.spec, inputs, stage(&args.stage)?, extras, args.scratch)?;
@@ -180,9 +186,7 @@ impl Attention<FaultyDevice> for FaultyAttention {
     }
 
     fn backward(&self, on: &Stream, plan: &Plan, args: &Backward<'_, FaultyDevice>) -> Result<()> {
-        let gradient = |g: Gradient<'_, FaultyDevice>| view_mut(g.into).map(|into| (into, g.store));
-        let [dq, dk, dv] = [gradient(args.dq)?, gradient(args.dk)?, gradient(args.dv)?]
-            .map(|(into, store)| Gradient { into, store });
+        let [dq, dk, dv] = [gradient(args.dq)?, gradient(args.dk)?, gradient(args.dv)?];
         let below = Backward::new(
             &plan.spec,
             [view(args.q)?, view(args.k)?, view(args.v)?],

@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use longspan_cpu::CpuChecked;
+use longspan_cpu::Cpu as CpuBackend;
 use longspan_hal::{Backend, Collective, Device, P2p, Result, Step, Strided, View, ViewMut};
 
 use super::{Cpu, Fault, FaultyDevice, fault, view_mut, views};
 
-type Below = <CpuChecked as Backend>::Collective;
+type Below = <CpuBackend as Backend>::Collective;
 
 #[derive(Debug)]
 pub struct FaultyCollective {

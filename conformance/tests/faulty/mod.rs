@@ -7,7 +7,7 @@ mod device;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use longspan_cpu::CpuChecked;
+use longspan_cpu::Cpu as CpuBackend;
 use longspan_hal::{Backend, DeviceInfo, GroupId, Result, View, ViewMut};
 
 pub use attention::FaultyAttention;
@@ -71,7 +71,7 @@ impl Drop for Planted {
 pub struct Faulty;
 
 /// The device below.
-type Cpu = <CpuChecked as Backend>::Device;
+type Cpu = <CpuBackend as Backend>::Device;
 
 impl Backend for Faulty {
     const NAME: &'static str = "faulty";
@@ -81,23 +81,23 @@ impl Backend for Faulty {
     type Attention = FaultyAttention;
 
     fn devices() -> Result<Vec<DeviceInfo>> {
-        CpuChecked::devices()
+        Ok(CpuBackend::named("cpu-checked").into_iter().collect())
     }
 
     fn open(info: &DeviceInfo) -> Result<FaultyDevice> {
-        Ok(FaultyDevice::new(CpuChecked::open(info)?))
+        Ok(FaultyDevice::new(CpuBackend::open(info)?))
     }
 
     fn group_id() -> Result<GroupId> {
-        CpuChecked::group_id()
+        CpuBackend::group_id()
     }
 
     fn join(device: &FaultyDevice, id: &GroupId, rank: u32, size: u32, limit: Duration) -> Result<FaultyCollective> {
-        Ok(FaultyCollective::new(device.cpu(), CpuChecked::join(&device.cpu(), id, rank, size, limit)?))
+        Ok(FaultyCollective::new(device.cpu(), CpuBackend::join(&device.cpu(), id, rank, size, limit)?))
     }
 
     fn attention(device: &FaultyDevice) -> Result<FaultyAttention> {
-        Ok(FaultyAttention::new(device.cpu(), CpuChecked::attention(&device.cpu())?))
+        Ok(FaultyAttention::new(device.cpu(), CpuBackend::attention(&device.cpu())?))
     }
 }
 

@@ -50,7 +50,8 @@ pub enum Command {
 Input file (safetensors): q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], in bf16, f16 or f32.
 Optional: dout (as out), sinks and alibi_slopes (f32, one per head; their presence turns the option on),
 cu_seqlens (i32: starts of packed documents and the end of the last; for every batch row).
-Output file: out, lse [batch, heads, seq] in f32, and with --backward dq, dk, dv, dsinks.")]
+Output file: out, lse [batch, heads, seq] in f32, and with --backward dq, dk, dv, dsinks.
+With --verify it is written only if the results are within the bound.")]
 pub struct Run {
     /// Where q, k and v come from.
     #[command(flatten)]
@@ -79,8 +80,8 @@ pub struct Run {
     /// Give up a wait for another rank after this many seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub limit: u64,
-    /// Let a rank fail in the middle, to see that the others notice
-    #[arg(long, value_name = "panic:RANK|stop:RANK", hide = true)]
+    /// Let a rank fail between forward and backward, to see that it is noticed
+    #[arg(long, value_name = "panic:RANK|stop:RANK|wrong:RANK", requires = "backward", hide = true)]
     pub fault: Option<Fault>,
     /// Options of the attention itself.
     #[command(flatten)]

@@ -24,7 +24,7 @@ pub fn conformance(args: &Conformance) -> Result<()> {
         output::check(path, None)?;
     }
     let bar = progress::bar("judging");
-    let report = longspan::select(&selector, Suite { args, bar: &bar });
+    let report = longspan::select(&selector, Suite { args, bar: &bar, name: name(&selector) });
     bar.finish_and_clear();
     let report = report?;
     if let Some(path) = &args.json {
@@ -37,6 +37,8 @@ pub fn conformance(args: &Conformance) -> Result<()> {
 struct Suite<'a> {
     args: &'a Conformance,
     bar: &'a ProgressBar,
+    /// The backend's name in the report, without devices.
+    name: String,
 }
 
 impl Visit for Suite<'_> {
@@ -51,8 +53,9 @@ impl Visit for Suite<'_> {
             filter: self.args.filter.clone(),
             ranks: self.args.ranks,
             seed: self.args.seed,
-            expectations: expectations::built_in(B::NAME).to_owned(),
-            devices: devices.iter().map(|device| device.index).collect(),
+            expectations: expectations::built_in(&self.name).to_owned(),
+            devices,
+            name: self.name,
             limit: Duration::from_secs(self.args.limit),
             machine: doctor::machine_line(),
             date: today(),
@@ -66,6 +69,11 @@ impl Visit for Suite<'_> {
             }
         })
     }
+}
+
+/// A selector without its devices.
+fn name(selector: &str) -> String {
+    selector.split(':').next().unwrap_or(selector).to_owned()
 }
 
 /// The backend's name with the personality, which only the CPU has.

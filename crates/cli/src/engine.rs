@@ -29,9 +29,6 @@ struct Rank {
 fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>) -> longspan::Result<Rank> {
     let (q_layout, k_layout, rank) = (&job.q_layout, &job.k_layout, engine.rank());
     let workspace = engine.prepare(&problem(job), [q_layout, k_layout], &job.mask)?;
-    if let Some(fault) = fault.filter(|fault| fault.rank == rank) {
-        fault.strike(engine)?;
-    }
     let extra = Extra {
         alibi_slopes: job.alibi_slopes.clone(),
         sinks: job.sinks.clone(),
@@ -39,7 +36,10 @@ fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>) -> longspan::R
         joint: None,
     };
     let [q, k, v] = [job.q.shard(q_layout, rank)?, job.k.shard(k_layout, rank)?, job.v.shard(k_layout, rank)?];
-    let forward = engine.forward([&q, &k, &v], &extra)?;
+    let mut forward = engine.forward([&q, &k, &v], &extra)?;
+    if let Some(fault) = fault {
+        fault.strike(engine, &mut forward)?;
+    }
     let gradients = match &job.dout {
         Some(dout) => Some(engine.backward(&dout.shard(q_layout, rank)?, None)?),
         None => None,

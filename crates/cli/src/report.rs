@@ -89,7 +89,7 @@ pub fn bytes(count: u64) -> String {
 /// A duration in milliseconds or seconds.
 pub fn time(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
-    if seconds < 10.0 { format!("{:.2} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
+    if seconds < 1.0 { format!("{:.2} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
 }
 
 #[cfg(test)]

@@ -24,6 +24,9 @@ pub fn run(args: &Run) -> Result<()> {
         output::check(output, args.source.input.as_deref())?;
     }
     let job = Job::new(args)?;
+    if args.verify {
+        verify::check_inputs(&job)?;
+    }
     say(&title(args, &job))?;
     let spinner = progress::spinner("running");
     let start = Instant::now();

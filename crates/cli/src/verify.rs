@@ -59,6 +59,24 @@ pub struct Errors {
     pub rms: f64,
 }
 
+/// Checks that the oracle can judge the job: its matrix products would carry a number that is not finite into rows whose
+/// mask leaves it out, where the run rightly has none.
+///
+/// # Errors
+/// [`Failure::Input`] naming the tensor.
+pub fn check_inputs(job: &Job) -> Result<()> {
+    let all = [("q", Some(&job.q)), ("k", Some(&job.k)), ("v", Some(&job.v)), ("dout", job.dout.as_ref())];
+    for (name, tensor) in all.iter().filter_map(|(name, tensor)| tensor.map(|tensor| (name, tensor))) {
+        let count = tensor.to_f32().iter().filter(|x| !x.is_finite()).count();
+        if count > 0 {
+            let why =
+                format!("--verify: `{name}` has {count} numbers that are not finite, which the oracle can't judge");
+            return Err(Failure::Input(why));
+        }
+    }
+    Ok(())
+}
+
 /// Compares `results` with the oracle. `done` is called with the number of finished parts and their total.
 ///
 /// # Errors

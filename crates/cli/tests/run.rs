@@ -100,6 +100,24 @@ fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
 }
 
 #[test]
+fn a_number_that_is_not_finite_stays_in_the_rows_that_see_it() {
+    let mut k = Raw::f16("k", &[2, 8, 2, 8]);
+    let row = 2 * 8 * 2; // token 5 of batch row 0, KV head 0
+    k.bytes[5 * row..5 * row + 2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+    let folder = Folder::new(&bytes_of(&good_but(&[k])));
+    let args = ["--mask", "causal", "--layout", "zigzag", "--ring", "2", "--dtype", "f32"];
+    let refused = folder.run(&[&args[..], &["--verify"]].concat());
+    assert!(refused.code == Some(2) && refused.stderr.contains("`k` has 1 numbers"), "{refused:?}");
+    assert_eq!(folder.run(&args).code, Some(0));
+    let bytes = std::fs::read(&folder.output).expect("written");
+    let file = SafeTensors::deserialize(&bytes).expect("valid");
+    for (i, x) in floats(file.tensor("out").expect("there").data()).enumerate() {
+        let [batch, token, head] = [i / (8 * 4 * 8), i / (4 * 8) % 8, i / 8 % 4];
+        assert_eq!(x.is_nan(), batch == 0 && token >= 5 && head < 2, "batch {batch}, token {token}, head {head}: {x}");
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let run = |name: &str, seed: &str| {
@@ -148,14 +166,31 @@ fn a_rank_that_panics_or_stops_is_named_by_the_others() {
     for fault in ["panic:2", "stop:2"] {
         let start = std::time::Instant::now();
         let folder = Folder::new(&bytes_of(&good_but(&[])));
-        let said = folder.run(&["--ring", "2", "--ulysses", "2", "--fault", fault, "--limit", "20"]);
+        let said = folder.run(&["--ring", "2", "--ulysses", "2", "--backward", "--fault", fault, "--limit", "20"]);
         assert_eq!(said.code, Some(1), "{said:?}");
         for rank in [0, 1, 3] {
             let line = said.stderr.lines().find(|line| line.contains(&format!("rank {rank}: ")));
-            assert!(line.is_some_and(|line| line.contains("lost rank 2")), "{fault}, rank {rank}: {}", said.stderr);
+            let line = line.unwrap_or_else(|| panic!("nothing of rank {rank} in {}", said.stderr));
+            assert!(line.contains("lost rank 2") && !line.contains("step: none"), "{fault}: {line}");
         }
         assert!(start.elapsed().as_secs() < 20, "{fault}: within the deadline");
         assert_eq!(folder.files(), ["in.safetensors"], "nothing is written");
+    }
+}
+
+#[test]
+fn one_wrong_number_fails_the_verification_and_nothing_is_written() {
+    for verify in [true, false] {
+        let folder = Folder::new(&bytes_of(&good_but(&[])));
+        let mut args = vec!["--ring", "2", "--backward", "--fault", "wrong:1"];
+        args.extend(verify.then_some("--verify"));
+        let said = folder.run(&args);
+        assert_eq!(said.code, Some(if verify { 3 } else { 0 }), "{said:?}");
+        assert_eq!(folder.output.exists(), !verify);
+        if verify {
+            assert!(said.stderr.contains("verification failed: out outside the bound"), "{}", said.stderr);
+            assert_eq!(said.stdout.matches("OUTSIDE").count(), 1, "{}", said.stdout);
+        }
     }
 }
 

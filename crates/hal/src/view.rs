@@ -192,7 +192,7 @@ impl Strided {
         let mut part = *self;
         part.extent[axis] = range.len();
         // An empty part keeps its offset, so that it never points behind the buffer.
-        if !range.is_empty() {
+        if !part.is_empty() {
             part.offset += range.start * self.strides[axis];
         }
         Ok(part)
@@ -432,6 +432,12 @@ mod tests {
             prop_assert_eq!(bytes.iter().min().copied(), Some(a.byte_range().start));
             prop_assert_eq!(bytes.iter().max().map(|m| m + 1), Some(a.byte_range().end));
         }
+    }
+
+    #[test]
+    fn parts_of_nothing_stay_where_they_are() {
+        let nothing = Strided::dense(DType::F32, [1, 0, 4, 8]);
+        assert_eq!(nothing.narrow(2, 2..4).expect("inside").byte_range(), 0..0);
     }
 
     #[test]

@@ -19,10 +19,7 @@ pub fn backends() -> Vec<&'static str> {
     #[allow(unused_mut)] // no backend, no push
     let mut names = Vec::new();
     #[cfg(feature = "cpu")]
-    {
-        use longspan_cpu::{Cpu, CpuAscendLike, CpuChecked, CpuNcclLike, CpuPush};
-        names.extend([Cpu::NAME, CpuChecked::NAME, CpuNcclLike::NAME, CpuPush::NAME, CpuAscendLike::NAME]);
-    }
+    names.extend(longspan_cpu::Cpu::names());
     #[cfg(feature = "cuda")]
     names.push(longspan_cuda::Cuda::NAME);
     names
@@ -40,13 +37,9 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
         #[cfg(feature = "cpu")]
         "cpu" => open::<longspan_cpu::Cpu, V>(&indices, visitor),
         #[cfg(feature = "cpu")]
-        "cpu-ascend-like" => open::<longspan_cpu::CpuAscendLike, V>(&indices, visitor),
-        #[cfg(feature = "cpu")]
-        "cpu-checked" => open::<longspan_cpu::CpuChecked, V>(&indices, visitor),
-        #[cfg(feature = "cpu")]
-        "cpu-nccl-like" => open::<longspan_cpu::CpuNcclLike, V>(&indices, visitor),
-        #[cfg(feature = "cpu")]
-        "cpu-push" => open::<longspan_cpu::CpuPush, V>(&indices, visitor),
+        name if indices.is_empty() && longspan_cpu::Cpu::named(name).is_some() => {
+            visitor.visit::<longspan_cpu::Cpu>(longspan_cpu::Cpu::named(name).into_iter().collect())
+        }
         #[cfg(feature = "cuda")]
         "cuda" => open::<longspan_cuda::Cuda, V>(&indices, visitor),
         _ => Err(Error::invalid(

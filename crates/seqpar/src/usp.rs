@@ -297,7 +297,6 @@ impl<B: Backend> Usp<B> {
         run.accumulate(run.transfer, gradients.dsinks.ok_or_else(|| missing("dsinks"))?, &terms)
     }
 
-    #[allow(clippy::too_many_arguments)] // one page of the algorithm; the arguments are the caller's structs
     fn queue_backward(
         &self,
         run: &Run<'_, B>,

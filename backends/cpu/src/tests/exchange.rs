@@ -351,17 +351,23 @@ fn a_barrier_orders_memory_between_ranks_in_checked_mode() {
     for ordered in [true, false] {
         let shared = device(CHECKED).alloc(64).expect("little");
         let part = dense([1, 1, 1, 16]);
+        // Orders the host threads, of which checked mode knows nothing.
+        let host = std::sync::Barrier::new(2);
         let results = all(2, CHECKED, |rank| -> Result<()> {
             let early = rank.group.rank() == 0;
             if early {
                 rank.device.fill(&rank.stream, 1.0, write(&shared, part))?;
+                watch(&rank.device, &rank.stream);
             }
+            host.wait();
             if ordered {
                 rank.group.barrier(&rank.stream)?;
             }
             if !early {
                 rank.device.fill(&rank.stream, 2.0, write(&shared, part))?;
             }
+            watch(&rank.device, &rank.stream);
+            host.wait();
             rank.device.synchronize(&rank.stream, LONG)
         });
         assert_eq!(results.iter().all(Result::is_ok), ordered, "{results:?}");

@@ -1,0 +1,169 @@
+//! The facade: engines over host tensors on ranks that it starts itself, by the backend's name.
+
+use std::time::Duration;
+
+use longspan::{Engine, Extra, Tensor, on_ranks, on_ranks_within};
+use longspan_hal::{Backend, DType, Error};
+use longspan_seqpar::{Layout, Mask, Mesh, Placement, Problem};
+use ndarray::Axis;
+
+use super::Case;
+use super::parallel::{Setup, Whole};
+use super::problem::extent_of;
+use crate::bound::{factor, judge};
+use crate::oracle::{self, Answer};
+use crate::rank::{Failure, Rank, array, check, check_invalid};
+
+/// The cases of this file for the backend that the facade knows as `name`.
+pub fn cases<B: Backend>(name: &'static str) -> Vec<Case<B>> {
+    let mut cases = vec![
+        Case::new("engine/calls-out-of-order-f32", 1, move |_| out_of_order(name)),
+        Case::new("engine/lost-ranks-are-named", 1, move |_| lost_ranks(name)),
+        Case::new("engine/unknown-backends-are-refused", 1, |_| unknown_backend()),
+    ];
+    for dtype in [DType::Bf16, DType::F16, DType::F32] {
+        for (u, r, words) in [(1, 1, ""), (4, 1, ""), (2, 2, "-partial"), (1, 3, "-partial")] {
+            let case = format!("engine/run-u{u}r{r}-{dtype}{words}");
+            cases.push(Case::new(case, 1, move |rank| run(rank, name, dtype, u, r)));
+        }
+    }
+    cases
+}
+
+fn host(dtype: DType, x: &ndarray::Array4<f32>) -> Result<Tensor, Error> {
+    Tensor::from_f32(dtype, extent_of(x), &x.iter().copied().collect::<Vec<_>>())
+}
+
+/// Forward and backward through engines, judged against the oracle; the report's bytes equal the plan's table.
+fn run<B: Backend>(rank: &mut Rank<B>, name: &str, dtype: DType, u: u32, r: u32) -> Result<(), Failure> {
+    let mesh = Mesh::new(u, r, Placement::UlyssesInner)?;
+    let problem = Problem::new(dtype, 1, [4, 4], 16).with_sinks(true).with_alibi(true);
+    let setup = Setup { dlse: true, ..Setup::new(problem, Layout::zigzag(53, &mesh), Mask::causal()) };
+    let whole = Whole::random(&setup, &mut rank.random());
+    let [q, k, v] = [host(dtype, &whole.qkv[0])?, host(dtype, &whole.qkv[1])?, host(dtype, &whole.qkv[2])?];
+    let dout = host(dtype, &whole.incoming.dout)?;
+    let Some(dlse) = &whole.incoming.dlse else { return Err(Failure::wrong("dlse was asked for")) };
+    let dlse = host(DType::F32, &dlse.clone().insert_axis(Axis(3)))?;
+    let layout = &setup.q;
+    let results = on_ranks(name, &mesh, |engine| {
+        let mine = |x: &Tensor| x.shard(layout, engine.rank());
+        let (shards, dout, dlse) = ([mine(&q)?, mine(&k)?, mine(&v)?], mine(&dout)?, mine(&dlse)?);
+        engine.prepare(&setup.problem, [layout, layout], &setup.mask)?;
+        let extra =
+            Extra { alibi_slopes: Some(whole.slopes.clone()), sinks: Some(whole.sinks.clone()), ..Extra::default() };
+        let forward = engine.forward([&shards[0], &shards[1], &shards[2]], &extra)?;
+        let back = engine.backward(&dout, Some(&dlse))?;
+        bytes_match(engine)?;
+        Ok(([forward.out, forward.lse, back.dq, back.dk, back.dv], back.dsinks))
+    });
+    let results = match results {
+        Err(error @ Error::Unsupported { .. }) => return Err(Failure::Refused(error.to_string())),
+        other => other?,
+    };
+    let joined = |i: usize| -> Result<Vec<f32>, Error> {
+        let shards: Vec<Tensor> = results.iter().map(|(tensors, _)| tensors[i].clone()).collect();
+        Ok(Tensor::unshard(layout, &shards)?.to_f32())
+    };
+    let got = [joined(0)?, joined(1)?, joined(2)?, joined(3)?, joined(4)?];
+    judge_all(&setup, &whole, got, results[0].1.as_deref())
+}
+
+fn bytes_match(engine: &dyn Engine) -> Result<(), Error> {
+    let sent = engine.report()?.total(longspan_seqpar::Work::Exchange).1;
+    let Some(plan) = engine.plan() else { return Err(Error::invalid("plan", "it was prepared")) };
+    let table = plan.traffic(false)?.iter().chain(&plan.traffic(true)?).map(|t| t.bytes).sum::<u64>();
+    if sent == table {
+        return Ok(());
+    }
+    Err(Error::invalid("bytes sent", format!("{sent}, the table says {table}")))
+}
+
+fn judge_all(setup: &Setup, whole: &Whole, got: [Vec<f32>; 5], dsinks: Option<&[f32]>) -> Result<(), Failure> {
+    let seq = setup.q.seq();
+    let spec = setup.problem.spec([seq, seq]);
+    let pair = |_: usize, i: usize, j: usize| setup.mask.allows(i, j).then_some((i as i64, j as i64));
+    let mut problem = oracle::Problem::new(&spec, whole.qkv.clone(), &pair);
+    problem.slopes = Some(whole.slopes.clone());
+    problem.sinks = Some(whole.sinks.clone());
+    let incoming = Some(&whole.incoming);
+    let (exact, plain) = (oracle::exact(&problem, incoming), oracle::plain(&problem, incoming, setup.problem.dtype));
+    let fine = oracle::plain(&problem, None, DType::F32);
+    let [out, lse, dq, dk, dv] = got;
+    if let Some(dsinks) = dsinks {
+        let out = array(extent_of(&whole.incoming.dout), out.clone())?;
+        crate::bound::judge_sinks(dsinks, &whole.sinks, &out, &exact.lse, &whole.incoming)?;
+    } else {
+        return Err(Failure::wrong("dsinks are missing"));
+    }
+    let (Answer { gradients: Some(e), .. }, Answer { gradients: Some(p), .. }) = (&exact, &plain) else {
+        return Err(Failure::wrong("the oracle was not asked for gradients"));
+    };
+    let (f, wide) = (factor(&spec), |x: Vec<f32>| x.into_iter().map(f64::from));
+    judge("out", wide(out), &exact.out, &plain.out, f)?;
+    judge("lse", wide(lse), &exact.lse, &fine.lse, f)?;
+    judge("dq", wide(dq), &e.dq, &p.dq, f)?;
+    judge("dk", wide(dk), &e.dk, &p.dk, f)?;
+    judge("dv", wide(dv), &e.dv, &p.dv, f).map(drop)
+}
+
+/// A forward before a prepare, a backward before a forward, shards of another shape: Invalid, and the engine works on.
+fn out_of_order(name: &str) -> Result<(), Failure> {
+    let mesh = Mesh::new(1, 1, Placement::UlyssesInner)?;
+    let layout = Layout::contiguous(12, &mesh);
+    let x = Tensor::normal(DType::F32, [1, 12, 2, 8], 1);
+    let short = Tensor::normal(DType::F32, [1, 11, 2, 8], 1);
+    let problem = Problem::new(DType::F32, 1, [2, 2], 8).with_backward(true);
+    let ranks = on_ranks(name, &mesh, |engine| {
+        let early = engine.forward([&x, &x, &x], &Extra::default()).map(drop);
+        engine.prepare(&problem, [&layout, &layout], &Mask::full())?;
+        let unready = engine.backward(&x, None).map(drop);
+        let misfit = engine.forward([&short, &x, &x], &Extra::default()).map(drop);
+        let spare = Extra { sinks: Some(vec![0.0; 2]), ..Extra::default() };
+        let unasked = engine.forward([&x, &x, &x], &spare).map(drop);
+        engine.forward([&x, &x, &x], &Extra::default())?;
+        engine.backward(&x, None)?;
+        Ok([early, unready, misfit, unasked])
+    })?;
+    let names =
+        ["a forward before its prepare", "a backward before its forward", "a short shard", "sinks nobody asked for"];
+    ranks.into_iter().flatten().zip(names).try_for_each(|(result, what)| check_invalid(what, result))
+}
+
+/// A rank that panics, and one that gives up: the others are told which it was, soon.
+fn lost_ranks(name: &str) -> Result<(), Failure> {
+    let mesh = Mesh::new(3, 1, Placement::UlyssesInner)?;
+    let layout = Layout::contiguous(12, &mesh);
+    let problem = Problem::new(DType::F32, 1, [3, 3], 8);
+    for panics in [false, true] {
+        let start = std::time::Instant::now();
+        let results = on_ranks_within(name, &mesh, Duration::from_secs(10), |engine| {
+            engine.prepare(&problem, [&layout, &layout], &Mask::full())?;
+            if engine.rank() == 1 {
+                if panics {
+                    std::panic::resume_unwind(Box::new("told to stop"));
+                }
+                return Err(Error::invalid("rank 1", "told to stop"));
+            }
+            let x = Tensor::normal(DType::F32, [1, layout.rows(engine.rank()), 3, 8], 1);
+            (0..3).try_for_each(|_| engine.forward([&x, &x, &x], &Extra::default()).map(drop))
+        })?;
+        for (r, result) in results.iter().enumerate().filter(|(r, _)| *r != 1) {
+            let told = matches!(result, Err(Error::PeerLost { rank: 1, .. }));
+            check(told, || format!("rank 1 was lost (panic: {panics}); rank {r} got {result:?}"))?;
+        }
+        check(start.elapsed() < Duration::from_secs(10), || format!("it took {:?}", start.elapsed()))?;
+    }
+    Ok(())
+}
+
+fn unknown_backend() -> Result<(), Failure> {
+    let mesh = Mesh::new(1, 1, Placement::UlyssesInner)?;
+    match on_ranks("abacus", &mesh, |_| Ok(())) {
+        Err(error @ Error::Invalid { .. }) => {
+            let text = error.to_string();
+            let listed = longspan::backends().iter().all(|b| text.contains(b));
+            check(listed, || format!("the error does not list the backends: {text}"))
+        }
+        other => Err(Failure::wrong(format!("an unknown backend gave {other:?}"))),
+    }
+}
