@@ -1,7 +1,7 @@
 //! The conformance suite for `cuda` alone, in parts: what `ci/gpu.sh` runs on a machine with GPUs.
 //!
 //! ```text
-//! conformance PART/PARTS REPORT.json [FILTER]
+//! conformance PART/PARTS REPORT.json [FILTER [RANKS]]
 //! ```
 //!
 //! Cases are dealt to the parts in turn, so that every core of the machine can compile kernels. Failures go to standard output.
@@ -18,11 +18,13 @@ use longspan_hal::Backend;
 fn main() -> Result<ExitCode, Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [part, path, rest @ ..] = args.as_slice() else {
-        return Err("usage: conformance PART/PARTS REPORT.json [FILTER]".into());
+        return Err("usage: conformance PART/PARTS REPORT.json [FILTER [RANKS]]".into());
     };
     let (part, parts) = part.split_once('/').ok_or("the part is not such as 3/16")?;
     let (part, parts): (usize, usize) = (part.parse()?, part_count(parts)?);
+    let ranks = rest.get(1).map_or(Ok(8), |ranks| ranks.parse())?;
     let options = Options {
+        ranks,
         filter: rest.first().cloned(),
         // Kernels are compiled while peers wait.
         limit: Duration::from_secs(60),
@@ -38,7 +40,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     })?;
     std::fs::write(path, report.to_json()?)?;
     let counts = report.counts;
-    println!("part {part}: {} passed, {} failed, {} without a machine", counts.passed, counts.failed, counts.no_machine);
+    println!("part {part}/{parts}: {} passed, {} failed, {} without a machine", counts.passed, counts.failed, counts.no_machine);
     Ok(if counts.failed + counts.no_machine == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -40,8 +40,10 @@ impl GpuAttention {
     }
 
     fn kernels(&self, spec: &Spec, views: &[&Strided]) -> Result<Kernels> {
-        let view = longspan_kernels::View::of(views.iter().copied());
-        Kernels::of(self.device.context(), spec, view)
+        // `View::of` takes a last extent of 1 for row statistics; a head of one element is none.
+        let whole = spec.head_dim.is_multiple_of(8) && spec.head_dim_v.is_multiple_of(8);
+        let aligned = whole && longspan_kernels::View::of(views.iter().copied()).aligned;
+        Kernels::of(self.device.context(), spec, longspan_kernels::View { aligned })
     }
 
     fn add(&self, on: &GpuStream, into: (Address, &Strided), terms: &[Tensor]) -> Result<()> {
