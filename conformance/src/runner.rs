@@ -62,7 +62,8 @@ impl Default for Options {
 /// [`Error::Invalid`] for options that can't be: ranks out of 1..=8, unreadable expectations. What a
 /// backend does wrong is in the report.
 pub fn run<B: Backend>(options: &Options, progress: &mut dyn FnMut(&CaseReport, usize, usize)) -> Result<Report> {
-    run_cases(options, table::<B>(options.seed), progress)
+    let name = if options.name.is_empty() { B::NAME } else { &options.name };
+    run_cases(options, table::<B>(name, options.seed), progress)
 }
 
 /// [`run`] with a table of the caller's: what planted-fault tests and a backend's own cases use.

@@ -1,7 +1,6 @@
 //! The quick tier against every flavour of the CPU backend, and the reports that come out.
 
-use longspan_conformance::cases::engine;
-use longspan_conformance::{Case, Failure, Options, Outcome, Report, expectations, run_cases, table};
+use longspan_conformance::{Case, Failure, Options, Outcome, Report, expectations, run as judge, run_cases};
 use longspan_cpu::Cpu;
 
 fn passes(name: &'static str) {
@@ -11,8 +10,7 @@ fn passes(name: &'static str) {
         expectations: expectations::built_in(name).into(),
         ..Options::default()
     };
-    let cases = table::<Cpu>(options.seed).into_iter().chain(engine::cases(name)).collect();
-    let report = run_cases(&options, cases, &mut |_, _, _| {}).expect("the options are right");
+    let report = judge::<Cpu>(&options, &mut |_, _, _| {}).expect("the options are right");
     println!("{name}\n{}", report.summary());
     assert!(report.is_ok(), "{name}: see above");
     assert!(report.counts.passed > 300, "{name}: {:?}", report.counts);

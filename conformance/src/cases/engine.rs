@@ -15,16 +15,19 @@ use crate::oracle::{self, Answer};
 use crate::rank::{Failure, Rank, array, check, check_invalid};
 
 /// The cases of this file for the backend that the facade knows as `name`.
-pub fn cases<B: Backend>(name: &'static str) -> Vec<Case<B>> {
+pub fn cases<B: Backend>(name: &str) -> Vec<Case<B>> {
+    let of = || name.to_owned();
+    let (first, second) = (of(), of());
     let mut cases = vec![
-        Case::new("engine/calls-out-of-order-f32", 1, move |_| out_of_order(name)),
-        Case::new("engine/lost-ranks-are-named", 1, move |_| lost_ranks(name)),
+        Case::new("engine/calls-out-of-order-f32", 1, move |_| out_of_order(&first)),
+        Case::new("engine/lost-ranks-are-named", 1, move |_| lost_ranks(&second)),
         Case::new("engine/unknown-backends-are-refused", 1, |_| unknown_backend()),
     ];
     for dtype in [DType::Bf16, DType::F16, DType::F32] {
         for (u, r, words) in [(1, 1, ""), (4, 1, ""), (2, 2, "-partial"), (1, 3, "-partial")] {
             let case = format!("engine/run-u{u}r{r}-{dtype}{words}");
-            cases.push(Case::new(case, 1, move |rank| run(rank, name, dtype, u, r)));
+            let name = of();
+            cases.push(Case::new(case, 1, move |rank| run(rank, &name, dtype, u, r)));
         }
     }
     cases

@@ -113,8 +113,9 @@ impl<B: Backend> Case<B> {
     }
 }
 
-/// Every case of both tiers; those of the facade where it knows the backend. `seed` chooses the configurations of the sweeps; names of sweeps name their options.
-pub fn table<B: Backend>(seed: u64) -> Vec<Case<B>> {
+/// Every case of both tiers; those of the facade where it knows a backend `name`. `seed` chooses the configurations of the
+/// sweeps; names of sweeps name their options.
+pub fn table<B: Backend>(name: &str, seed: u64) -> Vec<Case<B>> {
     let mut cases = Vec::new();
     cases.extend(device::cases());
     cases.extend(stream::cases());
@@ -122,8 +123,8 @@ pub fn table<B: Backend>(seed: u64) -> Vec<Case<B>> {
     cases.extend(collective::cases());
     cases.extend(attention::cases(seed));
     cases.extend(seqpar::cases(seed));
-    if longspan::backends().contains(&B::NAME) {
-        cases.extend(engine::cases(B::NAME));
+    if longspan::backends().contains(&name) {
+        cases.extend(engine::cases(name));
     }
     cases
 }

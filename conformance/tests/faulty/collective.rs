@@ -16,11 +16,14 @@ pub struct FaultyCollective {
     phase: Mutex<&'static str>,
 }
 
-/// An exchange, and which of its sends go to other ranks.
+/// Memory for zeros.
+type Zeros = (<Cpu as Device>::Buffer, Strided);
+
+/// An exchange; for each of its sends whether it goes to another rank, and what goes instead when it is lost.
 #[derive(Debug)]
 pub struct Exchange {
     below: <Below as Collective<Cpu>>::Exchange,
-    leaves: Vec<bool>,
+    sends: Vec<(bool, Zeros)>,
 }
 
 impl FaultyCollective {
@@ -39,18 +42,20 @@ impl Collective<FaultyDevice> for FaultyCollective {
     type Exchange = Exchange;
 
     fn prepare(&self, ops: &[P2p<'_, FaultyDevice>]) -> Result<Exchange> {
-        let mut leaves = Vec::new();
+        let mut sends = Vec::new();
         let mut list = Vec::new();
         for op in ops {
             list.push(match op {
                 P2p::Recv { from, into } => P2p::Recv { from: *from, into: view_mut(*into)? },
                 P2p::Send { to, dtype, extent } => {
-                    leaves.push(*to != self.rank());
+                    // Taken now: a run itself takes no memory.
+                    let at = Strided::dense(*dtype, *extent);
+                    sends.push((*to != self.rank(), (self.cpu.alloc(at.bytes())?, at)));
                     P2p::Send { to: *to, dtype: *dtype, extent: *extent }
                 }
             });
         }
-        Ok(Exchange { below: self.below.prepare(&list)?, leaves })
+        Ok(Exchange { below: self.below.prepare(&list)?, sends })
     }
 
     fn exchange(
@@ -63,16 +68,10 @@ impl Collective<FaultyDevice> for FaultyCollective {
         if !self.loses() {
             return self.below.exchange(on, &exchange.below, &sends);
         }
-        let mut zeros = Vec::new();
-        for send in &sends {
-            let at = Strided::dense(send.dtype(), send.extent());
-            let buffer = self.cpu.alloc(at.bytes())?;
-            self.cpu.fill(on, 0.0, ViewMut::new(&buffer, at)?)?;
-            zeros.push((buffer, at));
-        }
         let mut given = Vec::new();
-        for ((send, zero), leaves) in sends.iter().zip(&zeros).zip(&exchange.leaves) {
-            given.push(if *leaves { View::new(&zero.0, zero.1)? } else { *send });
+        for (send, (leaves, (buffer, at))) in sends.iter().zip(&exchange.sends) {
+            self.cpu.fill(on, 0.0, ViewMut::new(buffer, *at)?)?;
+            given.push(if *leaves { View::new(buffer, *at)? } else { *send });
         }
         self.below.exchange(on, &exchange.below, &given)
     }

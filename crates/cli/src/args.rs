@@ -65,7 +65,7 @@ pub struct Run {
     /// Seed of synthetic tensors, of dout and sinks where they are not given, and of dropout
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Input")]
     pub seed: u64,
-    /// Which machine computes [in this build: cpu]
+    /// Which backend computes, of those that `longspan doctor` lists; NAME:0,1 chooses devices
     #[arg(long, default_value = "cpu")]
     pub backend: String,
     /// Compute gradients too (of dout in the file, or of a seeded normal one)
@@ -167,7 +167,7 @@ pub struct LayoutArgs {
 /// `longspan conformance`.
 #[derive(Debug, clap::Args)]
 pub struct Conformance {
-    /// Which machine is judged [in this build: cpu]
+    /// Which backend is judged, of those that `longspan doctor` lists; NAME:0,1 chooses devices
     #[arg(long, default_value = "cpu")]
     pub backend: String,
     /// How the CPU behaves: it can stand in for the habits of other vendors

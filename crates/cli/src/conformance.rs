@@ -18,7 +18,7 @@ use crate::{backends, doctor, output, progress};
 /// # Errors
 /// [`Failure::Input`] for bad usage; [`Failure::Run`] if a case failed.
 pub fn conformance(args: &Conformance) -> Result<()> {
-    let selector = selector(args);
+    let selector = selector(args)?;
     backends::check(&selector)?;
     if let Some(path) = &args.json {
         output::check(path, None)?;
@@ -71,20 +71,25 @@ impl Visit for Suite<'_> {
     }
 }
 
+/// The backend's selector with the personality, which only the CPU has; each is a device of its own.
+fn selector(args: &Conformance) -> Result<String> {
+    let habit = match args.personality {
+        Personality::AscendLike => "ascend-like",
+        Personality::Checked => "checked",
+        Personality::NcclLike => "nccl-like",
+        Personality::Plain => return Ok(args.backend.clone()),
+        Personality::Push => "push",
+    };
+    if args.backend != "cpu" {
+        let why = format!("--personality {habit} is one of the backend `cpu`, not of `{}`", args.backend);
+        return Err(Failure::Input(why));
+    }
+    Ok(format!("cpu-{habit}"))
+}
+
 /// A selector without its devices.
 fn name(selector: &str) -> String {
     selector.split(':').next().unwrap_or(selector).to_owned()
-}
-
-/// The backend's name with the personality, which only the CPU has.
-fn selector(args: &Conformance) -> String {
-    match args.personality {
-        Personality::AscendLike => format!("{}-ascend-like", args.backend),
-        Personality::Checked => format!("{}-checked", args.backend),
-        Personality::NcclLike => format!("{}-nccl-like", args.backend),
-        Personality::Plain => args.backend.clone(),
-        Personality::Push => format!("{}-push", args.backend),
-    }
 }
 
 fn write(path: &Path, report: &Report) -> Result<()> {

@@ -250,3 +250,54 @@ fn read_header(file: &mut File, file_len: u64) -> Result<(Metadata, u64), String
     let header = serde_json::from_slice(&text).map_err(|e| format!("the header is not valid: {e}"))?;
     Ok((header, length))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use safetensors::tensor::{TensorView, serialize};
+
+    use super::*;
+
+    fn file() -> Vec<u8> {
+        let (q, cu) = ([0u8; 2 * 4 * 2 * 4], [0i32, 2, 4].map(i32::to_le_bytes).concat());
+        let view =
+            |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes).expect("that many bytes");
+        let mut tensors = ["q", "k", "v"].map(|name| (name, view(Dtype::F16, &[1, 4, 2, 4], &q))).to_vec();
+        tensors.push(("cu_seqlens", view(Dtype::I32, &[3], &cu)));
+        serialize(tensors, None).expect("valid")
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Whatever the bytes are, the answer is tensors that fit each other or an [`Failure::Input`]; never a panic.
+        #[test]
+        fn damaged_files_are_read_or_refused(
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut bytes = file();
+            for (at, value) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            bytes.truncate(cut.map_or(bytes.len(), |at| at.index(bytes.len())));
+            let folder = tempfile::tempdir().expect("a folder");
+            let path = folder.path().join("damaged");
+            std::fs::write(&path, &bytes).expect("writable");
+            match read(&path) {
+                Ok(input) => prop_assert_eq!(input.q.extent()[2] % input.k.extent()[2], 0),
+                Err(failure) => prop_assert!(matches!(failure, Failure::Input(_)), "{}", failure),
+            }
+        }
+    }
+
+    #[test]
+    fn the_undamaged_file_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("whole");
+        std::fs::write(&path, file()).expect("writable");
+        let input = read(&path).expect("valid");
+        assert_eq!((input.q.extent(), input.cu_seqlens), ([1, 4, 2, 4], Some(vec![0, 2, 4])));
+    }
+}

@@ -203,3 +203,20 @@ fn help_and_doctor_are_for_people() {
     }
     assert!(Path::new(MINILM).exists());
 }
+
+#[test]
+fn the_suite_judges_a_personality_and_writes_its_results() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let json = folder.path().join("results.json");
+    let args =
+        ["conformance", "--backend", "cpu", "--personality", "push", "--filter", "device/", "--json", text(&json)];
+    let said = longspan(&args);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    let last = said.stdout.lines().last().expect("a last line");
+    assert!(last.contains(" passed, 0 failed") && !last.starts_with("0 "), "{last}");
+    let results: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).expect("written")).expect("JSON");
+    assert_eq!(results["backend"], "cpu-push");
+    assert_eq!(longspan(&["conformance", "--filter", "no such case"]).code, Some(1));
+    assert_eq!(longspan(&["conformance", "--backend", "abacus"]).code, Some(2));
+    assert_eq!(longspan(&["conformance", "--backend", "cpu:0", "--personality", "push"]).code, Some(2));
+}

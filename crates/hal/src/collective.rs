@@ -85,7 +85,8 @@ pub trait Collective<D: Device>: Sized + Debug + Send + Sync + 'static {
     /// Queues one round of the exchange on `on`; `sends` are the views for its [`P2p::Send`]s, in list order, in any
     /// memory.
     ///
-    /// When `on` reaches it, this rank's receive parts are free to be overwritten; when it is done on `on`, all
+    /// Every rank queues every exchange, in the same order, also one in which it has no messages. Sends do not overlap the
+    /// receives of the same round. When `on` reaches it, this rank's receive parts are free to be overwritten; when it is done on `on`, all
     /// receives have arrived and all sends may be overwritten. Waits of the round end after the group's limit.
     ///
     /// # Errors
@@ -94,7 +95,7 @@ pub trait Collective<D: Device>: Sized + Debug + Send + Sync + 'static {
     fn exchange(&self, on: &D::Stream, exchange: &Self::Exchange, sends: &[View<'_, D>]) -> Result<()>;
 
     /// Collective over all ranks; a communicator of `members` (ranks of this one, ascending), for data-parallel meshes.
-    /// Ranks that are not members get `None`. Never used inside one attention.
+    /// All ranks give the same list. Ranks that are not members get `None`. Never used inside one attention.
     ///
     /// # Errors
     /// [`Error::Invalid`] for bad members; [`Error::PeerLost`]; [`Error::Timeout`].

@@ -401,7 +401,7 @@ mod tests {
                 let mut span = extent[3];
                 for (a, gap) in order.into_iter().zip(gaps) {
                     strides[a] = span + gap;
-                    span = (extent[a] - 1) * strides[a] + span;
+                    span += (extent[a] - 1) * strides[a];
                 }
                 Strided::new(dtype, offset, extent, strides).expect("nested by construction")
             })

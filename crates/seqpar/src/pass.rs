@@ -182,7 +182,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Documents, Layout, Mask, Mesh, Placement, Problem};
+    use crate::{Documents, Layout, Mask, Mesh, Placement, Problem, Route};
 
     /// A problem with layouts, masks and meshes of every kind.
     fn plans() -> impl Strategy<Value = Vec<Plan>> {
@@ -234,6 +234,22 @@ mod tests {
                         prop_assert_eq!(sent.collect::<Vec<_>>(), awaited.collect::<Vec<_>>(), "{} {} -> {}", all[0][x].0, from, to);
                     }
                 }
+            }
+        }
+
+        /// The ring sends what the routes say, and not a byte more.
+        #[test]
+        fn ring_bytes_are_those_of_the_route(plans in plans()) {
+            for plan in plans.iter().filter(|p| p.problem.joint == 0 && p.mesh.ring() > 1) {
+                let p = &plan.problem;
+                let route = Route::new(&plan.mask, &plan.q.layout, &plan.k.layout, plan.at.ring).expect("fits");
+                let heads: usize = (0..plan.cut.groups()).map(|g| crate::ring_layout::kv_heads(plan, g)).sum();
+                let row = p.batch * heads * (p.head_dim + p.head_dim_v);
+                let moved = |rows: usize, size: usize| (rows * row * size) as u64;
+                let traffic = plan.traffic(true).expect("laid out");
+                let sent = |phase: &str| traffic.iter().filter(|t| t.phase == phase).map(|t| t.bytes).sum::<u64>();
+                prop_assert_eq!(sent("hop"), moved(route.transfers().map(|t| t.3).sum(), p.dtype.size()));
+                prop_assert_eq!(sent("return"), moved(route.returns().map(|t| t.3).sum(), 4));
             }
         }
 

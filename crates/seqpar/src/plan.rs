@@ -5,7 +5,7 @@ use longspan_hal::{Error, Result, Slice, Spec};
 use crate::heads::HeadCut;
 use crate::pass::PassLayout;
 use crate::rows::{self, Rows};
-use crate::{Coords, Layout, Mask, Mesh, Needed, Problem, Route, Way};
+use crate::{Bytes, Coords, Layout, Mask, Mesh, Needed, Problem, Route, Way};
 
 /// One step of the ring, as one ring rank sees it.
 #[derive(Clone, Debug)]
@@ -31,6 +31,7 @@ pub struct Plan {
     pub(crate) at: Coords,
     pub(crate) q: Rows,
     pub(crate) k: Rows,
+    pub(crate) mask: Mask,
     pub(crate) cut: HeadCut,
     pub(crate) legs: Vec<Leg>,
 }
@@ -74,7 +75,17 @@ impl Plan {
         let (q, k) =
             (Rows { layout: q.clone(), joint: problem.joint }, Rows { layout: k.clone(), joint: problem.joint });
         let legs = legs(problem, &q, &k, mask, at.ring)?;
-        Ok(Self { problem: problem.clone(), mesh, rank, at, q, k, cut: HeadCut::new(problem, mesh.ulysses()), legs })
+        Ok(Self {
+            problem: problem.clone(),
+            mesh,
+            rank,
+            at,
+            q,
+            k,
+            mask: mask.clone(),
+            cut: HeadCut::new(problem, mesh.ulysses()),
+            legs,
+        })
     }
 
     /// The problem.
@@ -100,6 +111,22 @@ impl Plan {
     /// (query, key) pairs of one head that this rank's ring rank computes.
     pub fn pairs(&self) -> u64 {
         self.legs.iter().flat_map(|l| &l.slices).map(Slice::pairs).sum()
+    }
+
+    /// The mask.
+    pub fn mask(&self) -> &Mask {
+        &self.mask
+    }
+
+    /// Bytes of window and buffer that this rank will take: exact. Scratch of kernels and staging of the collective, which
+    /// only a device knows, are added by [`crate::Usp::workspace`].
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn bytes(&self) -> Result<Bytes> {
+        let forward = PassLayout::new(self, false)?.bytes;
+        let backward = if self.problem.backward { PassLayout::new(self, true)?.bytes } else { Bytes::default() };
+        Ok(Bytes::shared(forward, backward))
     }
 
     /// Every message that this rank sends to another rank in a forward (`backward` false) or backward, in order.

@@ -126,7 +126,7 @@ impl<B: Backend> Usp<B> {
         let (kernels, scratch_bytes) = plan_kernels(member, on, &plan)?;
         let forward = PassLayout::new(&plan, false)?;
         let backward = if plan.problem.backward { Some(PassLayout::new(&plan, true)?) } else { None };
-        let mut bytes = Bytes::shared(forward.bytes, backward.as_ref().map_or(Bytes::default(), |b| b.bytes));
+        let mut bytes = plan.bytes()?;
         let workspace = Workspace { window: member.collective.window(bytes.window)?, buffer: memory(bytes.buffer)? };
         let scratch = if scratch_bytes > 0 { Some(memory(scratch_bytes)?) } else { None };
         let transfer = member.device.stream(Priority::High)?;

@@ -29,7 +29,7 @@ use super::forward::{Options, alibi, any_non_finite_rows, axpy, drop_row, whole}
 use super::pack::{Scratch, Tensor, each, padded, panels};
 use super::plan::{Band, Plan, heads_of};
 use super::simd::{Bias, Kernels, Order, RowGrad, Tile, Update, VEC};
-use super::{BLOCK, KEY_TILE};
+use super::{KEY_TILE, QUERY_BLOCK};
 
 /// One backward call on memory.
 #[derive(Debug)]
@@ -121,9 +121,9 @@ impl Backward {
         if self.dq.1 == Store::Write {
             let (to, [batch, rows, heads, dim]) = (self.dq(), self.dq.0.extent());
             let zero = vec![0.0; dim];
-            each(batch * rows.div_ceil(BLOCK), |i, _| {
-                let (b, from) = (i % batch, i / batch * BLOCK);
-                for row in from..(from + BLOCK).min(rows) {
+            each(batch * rows.div_ceil(QUERY_BLOCK), |i, _| {
+                let (b, from) = (i % batch, i / batch * QUERY_BLOCK);
+                for row in from..(from + QUERY_BLOCK).min(rows) {
                     (0..heads).for_each(|h| to.store([b, row, h], &zero));
                 }
             });
@@ -133,10 +133,10 @@ impl Backward {
     fn round_dq(&self) {
         if let Some(sum) = self.dq_sum {
             let [batch, rows, heads, dim] = sum.extent();
-            each(batch * rows.div_ceil(BLOCK), |i, scratch| {
+            each(batch * rows.div_ceil(QUERY_BLOCK), |i, scratch| {
                 let [line] = scratch.parts([dim]);
-                let (b, from) = (i % batch, i / batch * BLOCK);
-                for row in from..(from + BLOCK).min(rows) {
+                let (b, from) = (i % batch, i / batch * QUERY_BLOCK);
+                for row in from..(from + QUERY_BLOCK).min(rows) {
                     for h in 0..heads {
                         sum.load(self.kernels, [b, row, h], line);
                         self.dq.0.store([b, row, h], line);
@@ -150,25 +150,26 @@ impl Backward {
         let (spec, k) = (&self.plan.spec, self.kernels);
         let ld = Strides { d: padded(k, spec.head_dim), v: padded(k, spec.head_dim_v), s: padded(k, KEY_TILE) };
         let (wide, keys) = (k.panels(KEY_TILE), KEY_TILE);
-        let [kr, kt, vt, dk, dv, q, dout, dq, s, dp, lse, delta, keep] = scratch.parts([
+        let [kr, kt, vt, vr, dk, dv, q, dout, dq, s, dp, lse, delta, keep] = scratch.parts([
             keys * ld.d,
             wide * spec.head_dim,
             wide * spec.head_dim_v,
+            keys * ld.v,
             keys * ld.d,
             keys * ld.v,
-            BLOCK * ld.d,
-            BLOCK * ld.v,
-            BLOCK * ld.d,
-            BLOCK * ld.s,
-            BLOCK * ld.s,
-            BLOCK,
-            BLOCK,
+            QUERY_BLOCK * ld.d,
+            QUERY_BLOCK * ld.v,
+            QUERY_BLOCK * ld.d,
+            QUERY_BLOCK * ld.s,
+            QUERY_BLOCK * ld.s,
+            QUERY_BLOCK,
+            QUERY_BLOCK,
             ld.s,
         ]);
         let rows = tile * KEY_TILE..((tile + 1) * KEY_TILE).min(spec.k_rows);
         let mut keys = Keys { batch, rows, k: kr, kt, vt, dk, dv, finite: true };
         let slices = self.plan.slices_of_tile(batch, tile);
-        self.pack(&mut keys, kv_head, slices, dv_rows(q, dout), ld);
+        self.pack(&mut keys, kv_head, slices, vr, ld);
         let mut block = Block { head: 0, rows: 0..0, q, dout, dq, lse, delta, finite: true };
         let mut work = Work { s, dp, keep };
         for stretch in slices.chunk_by(|a, b| self.slice(*a).q == self.slice(*b).q) {
@@ -220,8 +221,8 @@ impl Backward {
         let seen = slices.iter().map(|i| all(i).rows_of(&(0..KEY_TILE))).filter(|r| !r.is_empty());
         let (first, last) = seen.fold((usize::MAX, 0), |(a, b), r| (a.min(r.start), b.max(r.end)));
         let heads = heads_of(&self.plan.spec, kv_head);
-        for from in (first.min(last) / BLOCK * BLOCK..last).step_by(BLOCK) {
-            let rows = q.start + from..(q.start + from + BLOCK).min(q.end);
+        for from in (first.min(last) / QUERY_BLOCK * QUERY_BLOCK..last).step_by(QUERY_BLOCK) {
+            let rows = q.start + from..(q.start + from + QUERY_BLOCK).min(q.end);
             for head in heads.clone() {
                 (block.head, block.rows) = (head, rows.clone());
                 self.load(keys.batch, block, ld);
@@ -456,9 +457,4 @@ impl Drop for Turn<'_> {
             self.mine.store(usize::MAX, Ordering::Release);
         }
     }
-}
-
-/// The larger of two unused parts, as scratch for the rows of V.
-fn dv_rows<'a>(a: &'a mut [f32], b: &'a mut [f32]) -> &'a mut [f32] {
-    if a.len() > b.len() { a } else { b }
 }

@@ -41,14 +41,16 @@ use crate::personality::Personality;
 use crate::table::Access;
 use crate::{CpuDevice, CpuStream};
 
-/// Query rows of a block: a multiple of every register tile's rows.
+/// Query rows of a block in the forward: a multiple of every register tile's rows.
 pub(crate) const BLOCK: usize = 96;
 /// Blocks of a forward task at most: they share packed keys, and their queries and partials stay in the second cache.
 const TASK_BLOCKS: usize = 3;
 /// Keys of a packed tile in the forward.
 const FORWARD_KEYS: usize = 192;
 /// Keys of a tile in the backward: a multiple of every register tile's rows.
-const KEY_TILE: usize = 96;
+const KEY_TILE: usize = 192;
+/// Query rows of a block in the backward: as [`BLOCK`].
+const QUERY_BLOCK: usize = 96;
 /// The largest head_dim and head_dim_v.
 const MAX_HEAD_DIM: usize = 256;
 

@@ -13,8 +13,8 @@ use longspan_hal::{Slice, Slices, Spec};
 
 use super::{BLOCK, KEY_TILE, TASK_BLOCKS};
 
-/// Below this number of tasks, row tiles are one block: enough for every core of a large machine.
-const MANY_TASKS: usize = 256;
+/// Row tiles get smaller until there are this many tasks: some for every core, without packing keys too often.
+const MANY_TASKS: usize = 64;
 
 /// Query rows that share slices.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -93,9 +93,9 @@ fn units(spec: &Spec) -> Vec<Unit> {
 
 fn row_tiles(spec: &Spec, slices: &Slices, units: &[Unit]) -> Vec<RowTile> {
     let widest = units.iter().map(|u| u.heads.len()).max().unwrap_or(1);
-    let blocks = (TASK_BLOCKS / widest.max(1)).max(1);
-    let few = spec.batch * spec.q_rows.div_ceil(blocks * BLOCK) * units.len() < MANY_TASKS;
-    let rows = BLOCK * if few { 1 } else { blocks };
+    let most = (TASK_BLOCKS / widest.max(1)).max(1);
+    let tasks = |blocks: usize| spec.batch * spec.q_rows.div_ceil(blocks * BLOCK) * units.len();
+    let rows = BLOCK * (1..=most).rev().find(|&blocks| tasks(blocks) >= MANY_TASKS).unwrap_or(1);
     let mut tiles = Vec::new();
     let (mut batch, mut row, mut at) = (0, 0, 0);
     for group in slices.by_queries() {
