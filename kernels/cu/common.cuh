@@ -178,6 +178,7 @@ DEVICE void load_chunk(u32 to, const u16 *from, bool valid, int left) {
 template <int ROWS, int DIM, int THREADS>
 DEVICE void load_tile(u32 to, const u16 *from, i64 stride, int valid, int dim, int thread) {
     constexpr int CHUNKS = DIM / 8, TOTAL = ROWS * CHUNKS, TURNS = (TOTAL + THREADS - 1) / THREADS;
+    thread = int(opaque(u32(thread)));
     if constexpr (THREADS % CHUNKS == 0) {  // a thread stays in its column; ALIGNED: 64 rows span less than 4 GiB
         constexpr int STEP = THREADS / CHUNKS;
         const int row = thread / CHUNKS, column = thread % CHUNKS * 8;
@@ -191,8 +192,9 @@ DEVICE void load_tile(u32 to, const u16 *from, i64 stride, int valid, int dim, i
         valid -= row;
         UNROLL for (int i = 0; i < TURNS; ++i) {
             if (ROWS % STEP != 0 && row + i * STEP >= ROWS) break;
-            load_chunk(to + u32(i * STEP * pitch<DIM>()) * 2, reinterpret_cast<const u16 *>(at + i * step),
+            load_chunk(to + u32(i * STEP * pitch<DIM>()) * 2, reinterpret_cast<const u16 *>(at + i % 4 * step),
                        i * STEP < valid, EXACT ? 8 : dim - column);
+            if (i % 4 == 3) at = opaque(at + 4 * step);  // few addresses at a time
         }
     } else {
         UNROLL for (int i = 0; i < TURNS; ++i) {

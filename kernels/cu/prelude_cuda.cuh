@@ -124,18 +124,16 @@ DEVICE void barrier() { __syncthreads(); }
 // ---- atomics ----
 
 DEVICE void add_global(float *at, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(x) : "memory"); }
-// Adds to four neighbours (16-byte aligned) where `valid`.
-DEVICE void add_global4(float *at, float x, float y, float z, float w, bool valid) {
+// Adds to two neighbours (8-byte aligned) where `valid`.
+DEVICE void add_global2(float *at, float x, float y, bool valid) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p red.global.add.v4.f32 [%0], {%1,%2,%3,%4}; }" ::"l"(at),
-                 "f"(x), "f"(y), "f"(z), "f"(w), "r"(int(valid))
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.global.add.v2.f32 [%0], {%1,%2}; }" ::"l"(at), "f"(x),
+                 "f"(y), "r"(int(valid))
                  : "memory");
 #else
     if (!valid) return;
     add_global(at, x);
     add_global(at + 1, y);
-    add_global(at + 2, z);
-    add_global(at + 3, w);
 #endif
 }
 
@@ -144,6 +142,11 @@ DEVICE void add_global4(float *at, float x, float y, float z, float w, bool vali
 // A value that the compiler must not know: what follows from it is computed where it is used, not held in registers.
 DEVICE u32 opaque(u32 x) {
     asm volatile("" : "+r"(x));
+    return x;
+}
+
+template <typename T> DEVICE T *opaque(T *x) {
+    asm volatile("" : "+l"(x));
     return x;
 }
 

@@ -220,23 +220,14 @@ DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k,
     const float scale = p.problem.scale;
     UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
 #if ALIGNED
-        // Neighbouring lanes exchange halves, so that each adds 16 bytes of one row: even lanes of row g, odd of g + 8.
-        const bool odd = quad % 2;
-        const int row = row0 + 16 * mt + lane / 4 + odd * 8, column = column0 + quad / 2 * 4;
-        float *to = dq + row * p.dq.row + column;
-        // In place, and all before the first addition: an addition reads its registers late, so they must not be reused.
-        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j) {
-            float(&x)[4] = c[mt][j];
-            UNROLL for (int e = 0; e < 4; ++e) x[e] *= scale;
-            const float u = shuffle_xor(odd ? x[0] : x[2], 1), v = shuffle_xor(odd ? x[1] : x[3], 1);
-            x[2] = odd ? x[2] : u;
-            x[3] = odd ? x[3] : v;
-            x[0] = odd ? u : x[0];
-            x[1] = odd ? v : x[1];
+        // The four lanes of a row add 32 neighbouring bytes.
+        UNROLL for (int half = 0; half < 2; ++half) {
+            const int row = row0 + 16 * mt + lane / 4 + 8 * half, column = column0 + 2 * quad;
+            float *to = dq + row * p.dq.row + column;
+            UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
+                add_global2(to + 8 * j, c[mt][j][2 * half] * scale, c[mt][j][2 * half + 1] * scale,
+                            row < valid && (EXACT || column + 8 * j < dim));
         }
-        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
-            add_global4(to + 8 * j, c[mt][j][0], c[mt][j][1], c[mt][j][2], c[mt][j][3],
-                        row < valid && (EXACT || column + 8 * j < dim));
 #else
         UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
             UNROLL for (int e = 0; e < 4; ++e) {
@@ -359,13 +350,23 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         const Now &now = control.now[turn & 1];
         const int warp_key = control.tile.row0 + key_warp * KEYS;
         const bool moved = advance(next, now.piece.q1, pieces, control.tile);
-        const Piece &then = moved ? pieces[next.piece] : now.piece;  // rarely from global memory
-        if (next.head < heads && threadIdx.x == 0) control.now[turn & 1 ^ 1] = {then, next.query, next.head};
-        if (STAGES == 2) {
-            if (next.head < heads)
-                stat = load_queries(p, control.tile.batch, next, then.q1, base + Q_AT + other * Q_BYTES,
-                                    base + O_AT + other * O_BYTES);
-            copy_commit();
+        int end = now.piece.q1;
+        // Before the loads, which shared memory serves in order. Bit i: of chunk i.
+        u32 seen = 0, masked = 0;
+        UNROLL for (int chunk = 0; chunk < QUERIES / CHUNK_M; ++chunk) {
+            const Piece &piece = now.piece;
+            const int query = now.query + part * QUERIES + chunk * CHUNK_M;
+            const int least = warp_key - (query + CHUNK_M - 1), most = warp_key + KEYS - 1 - query;
+            const bool sees = least <= piece.hi && most >= piece.lo && warp_key < piece.k1 && warp_key + KEYS > piece.k0 &&
+                              query < piece.q1;
+            const bool cut = least < piece.lo || most > piece.hi || warp_key < piece.k0 || warp_key + KEYS > piece.k1;
+            seen |= u32(sees) << chunk;
+            masked |= u32(cut) << chunk;
+        }
+        if (next.head < heads) {
+            if (moved) end = pieces[next.piece].q1;
+            if (threadIdx.x == 0)
+                control.now[turn & 1 ^ 1] = {moved ? pieces[next.piece] : now.piece, next.query, next.head};
         }
 #if ALIBI || DROPOUT
         if (now.head != context_head) {
@@ -378,15 +379,10 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
 #endif
 
         UNROLL for (int chunk = 0; chunk < QUERIES / CHUNK_M; ++chunk) {
-            const Piece &piece = now.piece;
-            const int row = part * QUERIES + chunk * CHUNK_M, query = now.query + row;
-            const int least = warp_key - (query + CHUNK_M - 1), most = warp_key + KEYS - 1 - query;
-            const bool sees = least <= piece.hi && most >= piece.lo && warp_key < piece.k1 && warp_key + KEYS > piece.k0 &&
-                              query < piece.q1;
+            const int row = part * QUERIES + chunk * CHUNK_M;
             const u32 ds_at = base + DS_AT + own_s + u32(chunk * CHUNK_M) * 2;
             const u32 p_at = base + P_AT + own_s + u32(chunk * CHUNK_M) * 2;
-            if (sees) {
-                const bool masked = least < piece.lo || most > piece.hi || warp_key < piece.k0 || warp_key + KEYS > piece.k1;
+            if (seen >> chunk & 1) {
                 Chunk s, ds;
                 const u32 lane_q = q_at + offset<HEAD_DIM>(row, 0) + lane_offset_b<HEAD_DIM>(lane);
                 const u32 lane_o = o_at + offset<HEAD_DIM_V>(row, 0) + lane_offset_b<HEAD_DIM_V>(lane);
@@ -398,8 +394,8 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                 }
                 UNROLL for (int kk = SIDE_BY_SIDE ? STEPS : 0; kk < STEPS_V; ++kk)
                     product_step<HEAD_DIM_V>(ds, warp_v, lane_o, kk);
-                differentiate(s, ds, context, piece, {warp_key + lane / 4, query + lane % 4 * 2}, stats + row + lane % 4 * 2,
-                              masked);
+                const LaneAt lane_at{warp_key + lane / 4, now.query + row + lane % 4 * 2};
+                differentiate(s, ds, context, now.piece, lane_at, stats + row + lane % 4 * 2, masked >> chunk & 1);
                 if (DQ || SPLIT > 1) store_chunk(ds, ds_at);
                 if (SPLIT > 1) store_chunk(s, p_at);
                 if (SPLIT == 1) {
@@ -421,6 +417,13 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                     }
             }
         }
+        // After the two products, which these loads would hold up.
+        if (STAGES == 2) {
+            if (next.head < heads)
+                stat = load_queries(p, control.tile.batch, next, end, base + Q_AT + other * Q_BYTES,
+                                    base + O_AT + other * O_BYTES);
+            copy_commit();
+        }
         barrier();  // dS (and P) are there; row statistics, and with STAGES = 1 Q and dout, may be overwritten
         if (SPLIT > 1) {
             const u32 warp_s = offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(lane);
@@ -439,8 +442,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         }
         if (STAGES == 1) {
             if (next.head < heads)
-                stat = load_queries(p, control.tile.batch, next, control.now[turn & 1 ^ 1].piece.q1, base + Q_AT,
-                                    base + O_AT);
+                stat = load_queries(p, control.tile.batch, next, end, base + Q_AT, base + O_AT);
             copy_commit();
         }
 #if DQ

@@ -15,7 +15,8 @@
 // the true maximum before it is stored. (Online softmax: Milakov and Gimelshein 2018; tiling: Dao, FlashAttention-2, 2023;
 // lazy rescaling: FlashAttention-4, 2026.)
 //
-// Macros: WARPS, M_TILES (rows of a warp / 16), BLOCK_N, MIN_BLOCKS (blocks an SM), Q_IN_REGISTERS, PARTIAL.
+// Macros: WARPS, M_TILES (rows of a warp / 16), BLOCK_N, STAGES, MIN_BLOCKS (blocks an SM), Q_IN_REGISTERS,
+// PARTIAL. With STAGES = 1, V travels under Q K^T, and the next K under the softmax and P V.
 
 struct ForwardParams {
     Problem problem;
@@ -30,7 +31,6 @@ static_assert(sizeof(ForwardParams) == 416, "layout");
 constexpr int THREADS = WARPS * 32;
 constexpr int ROWS = 16 * M_TILES;  // of a warp
 constexpr int BLOCK_M = WARPS * ROWS;
-constexpr int STAGES = 2;
 constexpr float LAZY = 8.0f;
 constexpr u32 Q_BYTES = BLOCK_M * pitch<HEAD_DIM>() * 2;
 constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2;
@@ -52,14 +52,14 @@ struct Rows {
 
 // The position in a tile's list of (piece, first key) blocks.
 struct Cursor {
-    u32 piece, end;
+    u32 piece;
     int key;
 };
 // To the next block, where the current piece ends at key `end`; returns whether it is in another piece.
-DEVICE bool advance(Cursor &at, int end, const Piece *pieces) {
+DEVICE bool advance(Cursor &at, int end, u32 end_piece, const Piece *pieces) {
     at.key += BLOCK_N;
     if (at.key < end) return false;
-    if (++at.piece < at.end) at.key = pieces[at.piece].k0;
+    if (++at.piece < end_piece) at.key = pieces[at.piece].k0;
     return true;
 }
 
@@ -71,16 +71,20 @@ struct Now {
 };
 struct Control {
     Now now[2];  // of this turn and the next
-    Tile tile;
-    u32 unused[2];
+    const u16 *k, *v;
+    i32 end_row;
+    u32 end_piece, unused[2];
 };
 static_assert(sizeof(Control) == 160, "shared memory");
 
-// Starts loading a block of K and V from key `key` on, valid before key `end`.
-DEVICE void load_keys(const ForwardParams &p, const u16 *k, const u16 *v, int end, int key, u32 to_k, u32 to_v) {
-    int dim = EXACT ? HEAD_DIM : p.problem.head_dim, dim_v = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
-    load_tile<BLOCK_N, HEAD_DIM, THREADS>(to_k, k + key * p.k.row, p.k.row, end - key, dim, threadIdx.x);
-    load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(to_v, v + key * p.v.row, p.v.row, end - key, dim_v, threadIdx.x);
+// Start loading a block of keys (values) from key `key` on, valid before key `end`.
+DEVICE void load_keys(const ForwardParams &p, const u16 *k, int end, int key, u32 to) {
+    load_tile<BLOCK_N, HEAD_DIM, THREADS>(to, k + key * p.k.row, p.k.row, end - key,
+                                          EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
+}
+DEVICE void load_values(const ForwardParams &p, const u16 *v, int end, int key, u32 to) {
+    load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(to, v + key * p.v.row, p.v.row, end - key,
+                                            EXACT ? HEAD_DIM_V : p.problem.head_dim_v, threadIdx.x);
 }
 
 // S = Q K^T of this warp.
@@ -280,18 +284,23 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     const Piece *pieces = reinterpret_cast<const Piece *>(p.problem.pieces);
     const u32 head = where.head, kv = kv_head(p.problem, head);
     const int lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP);
-    const u16 *k = at<const u16>(p.k, tile.batch, 0, kv), *v = at<const u16>(p.v, tile.batch, 0, kv);
     Control &control = *reinterpret_cast<Control *>(memory + CONTROL_AT);
     const u32 q_at = shared_address(memory), k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
 
-    Cursor next{tile.first, tile.first + tile.count, 0};
+    Cursor next{tile.first, 0};
+    bool more = tile.count > 0;
     load_tile<BLOCK_M, HEAD_DIM, THREADS>(q_at, at<const u16>(p.q, tile.batch, tile.row0, head), p.q.row, tile.rows,
                                           EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
-    if (tile.count) {
+    if (more) {
+        const u16 *k = at<const u16>(p.k, tile.batch, 0, kv), *v = at<const u16>(p.v, tile.batch, 0, kv);
         next.key = pieces[next.piece].k0;
-        load_keys(p, k, v, pieces[next.piece].k1, next.key, k_at, v_at);
+        load_keys(p, k, pieces[next.piece].k1, next.key, k_at);
+        if (STAGES == 2) load_values(p, v, pieces[next.piece].k1, next.key, v_at);
         if (threadIdx.x == 0) {
-            control.tile = tile;
+            control.k = k;
+            control.v = v;
+            control.end_row = tile.row0 + tile.rows;
+            control.end_piece = tile.first + tile.count;
             control.now[0] = {pieces[next.piece], next.key, 0};
         }
     }
@@ -321,35 +330,51 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     u32 held[M_TILES][Q_IN_REGISTERS ? HEAD_DIM / 16 : 1][4];
 
     u32 turn = 0;
-    while (next.piece < next.end) {
+    while (more) {
         copy_wait<0>();
-        barrier();  // this block is here, and nobody reads the other stage any more
-        const u32 stage = turn & 1, other = stage ^ 1;
-        const Now &now = control.now[stage];
+        barrier();  // this block is here, and nobody is in the turn before any more
+        const u32 stage = STAGES == 2 ? turn & 1 : 0, other = STAGES == 2 ? stage ^ 1 : 0;
+        const Now &now = control.now[turn & 1];
         const Piece &piece = now.piece;
-        const int key = now.key;
-        const bool moved = advance(next, piece.k1, pieces);
-        if (next.piece < next.end) {
-            const Piece &then = moved ? pieces[next.piece] : piece;  // rarely from global memory
-            if (threadIdx.x == 0) control.now[other] = {then, next.key, 0};
-            load_keys(p, k, v, then.k1, next.key, k_at + other * K_BYTES, v_at + other * V_BYTES);
+        const int key = now.key, last_key = key + BLOCK_N - 1, last_row = first_row + ROWS - 1;
+        // Before the loads, which shared memory serves in order.
+        const bool sees = key - last_row <= piece.hi && last_key - first_row >= piece.lo &&
+                          first_row < control.end_row;
+        const bool masked = last_key >= piece.k1 || last_key - first_row > piece.hi || key - last_row < piece.lo;
+        int end = piece.k1;
+        if (STAGES == 1) {
+            load_values(p, control.v, end, key, v_at);
+            copy_commit();
         }
-        copy_commit();
+        const bool moved = advance(next, end, control.end_piece, pieces);
+        more = next.piece < control.end_piece;
+        if (more) {
+            if (moved) end = pieces[next.piece].k1;
+            if (threadIdx.x == 0) control.now[turn & 1 ^ 1] = {moved ? pieces[next.piece] : piece, next.key, 0};
+        }
         if (Q_IN_REGISTERS && turn == 0) {
             UNROLL for (int mt = 0; mt < M_TILES; ++mt)
                 UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
                     load_matrices(held[mt][Q_IN_REGISTERS ? kk : 0], warp_q + offset<HEAD_DIM>(mt * 16, kk * 16));
         }
-        const int lo = piece.lo, hi = piece.hi, last_key = key + BLOCK_N - 1, last_row = first_row + ROWS - 1;
-        const bool sees = key - last_row <= hi && last_key - first_row >= lo && first_row < int(control.tile.row0 + control.tile.rows);
+        Scores s;
+        if (sees) scores(s, warp_q, held, k_at + stage * K_BYTES + lane_k);
+        // Under the softmax, when shared memory is idle; before Q K^T these loads would hold it up.
+        if (STAGES == 1) {
+            copy_wait<0>();
+            barrier();  // V is here, and nobody reads K any more
+        }
+        if (more) {
+            load_keys(p, control.k, end, next.key, k_at + other * K_BYTES);
+            if (STAGES == 2) load_values(p, control.v, end, next.key, v_at + other * V_BYTES);
+        }
+        copy_commit();
         if (sees) {
-            Scores s;
-            const LaneAt lane_at{lane_row, key + lane % 4 * 2};
-            scores(s, warp_q, held, k_at + stage * K_BYTES + lane_k);
+            const LaneAt lane_at{lane_row, now.key + lane % 4 * 2};
 #if TRANSFORM
             transform_all(s, score, piece, lane_at);
 #endif
-            if (last_key >= piece.k1 || last_key - first_row > hi || key - last_row < lo) mask(s, piece, lane_at);
+            if (masked) mask(s, piece, lane_at);
             follow_maximum(s, rows, acc, score.unit);
             exponentials(s, rows, score.unit);
 #if DROPOUT

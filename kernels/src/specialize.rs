@@ -117,6 +117,7 @@ impl Specialization {
             format!("WARPS={}", tile.warps),
             format!("M_TILES={}", tile.m_tiles),
             format!("BLOCK_N={}", tile.keys),
+            format!("STAGES={}", tile.stages),
             format!("MIN_BLOCKS={}", tile.blocks),
             format!("Q_IN_REGISTERS={}", u32::from(tile.q_in_registers)),
             format!("SHARED_BYTES={}", tile.bytes(d, dv)),
@@ -307,30 +308,38 @@ struct ForwardTile {
     warps: u32,
     m_tiles: u32,
     keys: u32,
+    stages: u32,
     blocks: u32,
     q_in_registers: bool,
 }
 
 impl ForwardTile {
     fn bytes(&self, d: u32, dv: u32) -> u32 {
-        let control = 160;
-        tile_bytes(self.warps * self.m_tiles * 16, d) + 2 * (tile_bytes(self.keys, d) + tile_bytes(self.keys, dv)) + control
+        let (control, block) = (160, tile_bytes(self.keys, d) + tile_bytes(self.keys, dv));
+        tile_bytes(self.warps * self.m_tiles * 16, d) + self.stages * block + control
     }
 }
 
 fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardTile> {
-    let plain = !transforms(spec) && spec.dropout.is_none();
-    let of = |warps, m_tiles, keys, blocks, q_in_registers| ForwardTile { warps, m_tiles, keys, blocks, q_in_registers };
-    let wide = d.max(dv);
-    let tiles = match wide {
-        ..=64 if plain => vec![of(4, 2, 64, 2, true), of(4, 2, 32, 2, true)],
-        ..=64 => vec![of(4, 2, 32, 2, false), of(4, 1, 32, 2, false)],
-        ..=128 if plain => vec![of(4, 2, 64, 2, false), of(4, 2, 32, 2, false), of(4, 1, 32, 1, false)],
-        ..=128 => vec![of(4, 2, 32, 2, false), of(4, 1, 32, 1, false)],
-        _ if plain => vec![of(8, 1, 64, 1, false), of(8, 1, 32, 1, false), of(4, 1, 32, 1, false), of(4, 1, 16, 1, false)],
-        _ => vec![of(8, 1, 32, 1, false), of(4, 1, 32, 1, false), of(4, 1, 16, 1, false)],
+    let of = |[warps, m_tiles, keys, stages, blocks]: [u32; 5], q_in_registers| ForwardTile {
+        warps,
+        m_tiles,
+        keys,
+        stages,
+        blocks,
+        q_in_registers,
     };
-    tiles.into_iter().find(|t| target.fits(t.bytes(d, dv), t.blocks))
+    let plain = !transforms(spec) && spec.dropout.is_none();
+    let tiles: &[[u32; 5]] = match d.max(dv) {
+        ..=64 if plain => &[[4, 2, 64, 2, 2], [4, 2, 64, 1, 2]],
+        ..=64 => &[[4, 2, 32, 2, 2], [4, 1, 32, 2, 2]],
+        ..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
+        ..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
+        _ if plain => &[[8, 1, 64, 2, 1], [8, 1, 64, 1, 1], [4, 1, 64, 1, 1], [4, 1, 32, 1, 1]],
+        _ => &[[8, 1, 32, 2, 1], [8, 1, 32, 1, 1], [4, 1, 32, 1, 1]],
+    };
+    let q_in_registers = d.max(dv) <= 64 && plain;
+    tiles.iter().map(|t| of(*t, q_in_registers)).find(|t| target.fits(t.bytes(d, dv), t.blocks))
 }
 
 struct BackwardTile {
