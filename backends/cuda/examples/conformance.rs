@@ -31,7 +31,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         expectations: if parts == 1 { expectations::built_in(Cuda::NAME).to_owned() } else { String::new() },
         ..Options::default()
     };
-    let table = cases::table::<Cuda>(options.seed);
+    let table = cases::table::<Cuda>(Cuda::NAME, options.seed);
     let mine = table.into_iter().enumerate().filter(|(i, _)| i % parts == part).map(|(_, case)| case).collect();
     let report = run_cases::<Cuda>(&options, mine, &mut |case, _, _| {
         if case.outcome == Outcome::Fail {
@@ -40,7 +40,10 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     })?;
     std::fs::write(path, report.to_json()?)?;
     let counts = report.counts;
-    println!("part {part}/{parts}: {} passed, {} failed, {} without a machine", counts.passed, counts.failed, counts.no_machine);
+    println!(
+        "part {part}/{parts}: {} passed, {} failed, {} without a machine",
+        counts.passed, counts.failed, counts.no_machine
+    );
     Ok(if counts.failed + counts.no_machine == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
