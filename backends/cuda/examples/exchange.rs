@@ -19,10 +19,13 @@ fn main() -> Result<()> {
     let list = std::env::args().nth(1).unwrap_or_else(|| "0,1".into());
     let wanted: Vec<usize> = list.split(',').filter_map(|n| n.parse().ok()).collect();
     let all = Cuda::devices()?;
-    let find = |&i: &usize| all.get(i).cloned().ok_or_else(|| Error::invalid("device", format!("there is no device {i}")));
+    let find =
+        |&i: &usize| all.get(i).cloned().ok_or_else(|| Error::invalid("device", format!("there is no device {i}")));
     let infos = wanted.iter().map(find).collect::<Result<Vec<_>>>()?;
     let id = Cuda::group_id()?;
-    let [first, second] = infos.as_slice() else { return Err(Error::invalid("devices", "two are needed, such as 0,1")) };
+    let [first, second] = infos.as_slice() else {
+        return Err(Error::invalid("devices", "two are needed, such as 0,1"));
+    };
     let lines = std::thread::scope(|scope| {
         let other = scope.spawn(|| rank(second, &id, 1));
         let lines = rank(first, &id, 0);
