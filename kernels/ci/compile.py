@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compiles every kernel specialization with NVRTC, on any CPU, and fails on an error, a warning or a spill.
+"""Compiles every kernel specialization with NVRTC, on any CPU, and fails on an error, a warning or a spill of more than 16 bytes.
+(16 bytes: two pointers parked once a block, outside of the products; see kernels/README.md.)
 
     pip install nvidia-cuda-nvrtc==13.0.88          # in any environment; or name the library with --nvrtc
     python3 kernels/ci/compile.py [--arch 80,89,90] [--filter TEXT] [--nvrtc PATH] [--jobs N]
@@ -20,6 +21,7 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ARCHES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
+ALLOWED_SPILL = 16
 Kernel = collections.namedtuple("Kernel", "case kind key shared threads rows tiles section entries defines")
 
 
@@ -73,9 +75,9 @@ def check(job):
     arch, kernel, folder, path = job
     source = open(f"{folder}/{kernel.key}.cu", "rb").read()
     cubin, log = Nvrtc(path).compile(source, kernel.key + ".cu", ARCHES[arch], kernel.defines)
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
-    bad = cubin is None or spills > 0 or "warning" in log
+    bad = cubin is None or spills > ALLOWED_SPILL or "warning" in log
     return arch, kernel, registers, spills, bad, log if cubin is None or "warning" in log else ""
 
 

@@ -174,15 +174,23 @@ DEVICE void load_chunk(u32 to, const u16 *from, bool valid, int left) {
 #endif
 }
 
-// Rows 0..ROWS of `from` into shared memory at `to`, asynchronously; zeros from row `valid` and from column `dim` on.
+// Where a thread's part of rows 0.. of `from` begins, if its column stays the same (THREADS is a multiple of the 16-byte
+// units of a row); otherwise `from`.
+template <int DIM, int THREADS> DEVICE const u16 *thread_part(const u16 *from, i64 stride, int thread) {
+    constexpr int CHUNKS = DIM / 8;
+    return THREADS % CHUNKS == 0 ? from + thread / CHUNKS * stride + thread % CHUNKS * 8 : from;
+}
+
+// Rows 0..ROWS into shared memory at `to`, asynchronously; zeros from row `valid` and from column `dim` on. `part` is the
+// thread's part of these rows. ALIGNED: 64 rows span less than 4 GiB.
 template <int ROWS, int DIM, int THREADS>
-DEVICE void load_tile(u32 to, const u16 *from, i64 stride, int valid, int dim, int thread) {
+DEVICE void load_part(u32 to, const u16 *part, i64 stride, int valid, int dim, int thread) {
     constexpr int CHUNKS = DIM / 8, TOTAL = ROWS * CHUNKS, TURNS = (TOTAL + THREADS - 1) / THREADS;
     thread = int(opaque(u32(thread)));
-    if constexpr (THREADS % CHUNKS == 0) {  // a thread stays in its column; ALIGNED: 64 rows span less than 4 GiB
+    if constexpr (THREADS % CHUNKS == 0) {
         constexpr int STEP = THREADS / CHUNKS;
         const int row = thread / CHUNKS, column = thread % CHUNKS * 8;
-        const char *at = reinterpret_cast<const char *>(from + row * stride + column);
+        const char *at = reinterpret_cast<const char *>(part);
 #if ALIGNED
         const u32 step = opaque(u32(stride) * (2 * STEP));
 #else
@@ -192,18 +200,24 @@ DEVICE void load_tile(u32 to, const u16 *from, i64 stride, int valid, int dim, i
         valid -= row;
         UNROLL for (int i = 0; i < TURNS; ++i) {
             if (ROWS % STEP != 0 && row + i * STEP >= ROWS) break;
-            load_chunk(to + u32(i * STEP * pitch<DIM>()) * 2, reinterpret_cast<const u16 *>(at + i % 4 * step),
+            load_chunk(to + u32(i * STEP * pitch<DIM>()) * 2, reinterpret_cast<const u16 *>(at + i * step),
                        i * STEP < valid, EXACT ? 8 : dim - column);
-            if (i % 4 == 3) at = opaque(at + 4 * step);  // few addresses at a time
         }
     } else {
         UNROLL for (int i = 0; i < TURNS; ++i) {
             const int index = thread + i * THREADS, row = index / CHUNKS, column = index % CHUNKS * 8;
             if (TOTAL % THREADS != 0 && index >= TOTAL) break;
-            load_chunk(to + u32(row * pitch<DIM>() + column) * 2, from + row * stride + column, row < valid,
+            load_chunk(to + u32(row * pitch<DIM>() + column) * 2, part + row * stride + column, row < valid,
                        EXACT ? 8 : dim - column);
         }
     }
+}
+
+// The same from the first row on, with nothing kept in registers between calls.
+template <int ROWS, int DIM, int THREADS>
+DEVICE void load_tile(u32 to, const u16 *from, i64 stride, int valid, int dim, int thread) {
+    thread = int(opaque(u32(thread)));
+    load_part<ROWS, DIM, THREADS>(to, thread_part<DIM, THREADS>(from, stride, thread), stride, valid, dim, thread);
 }
 
 // Byte offset of this lane's matrix row: for A, and for B stored [k][n] (transposed load).

@@ -55,11 +55,11 @@ struct Cursor {
     u32 piece;
     int key;
 };
-// To the next block, where the current piece ends at key `end`; returns whether it is in another piece.
-DEVICE bool advance(Cursor &at, int end, u32 end_piece, const Piece *pieces) {
+// To the next block, where the current piece ends at key `end`; returns whether that one is done. Then the key is to be set.
+DEVICE bool advance(Cursor &at, int end) {
     at.key += BLOCK_N;
     if (at.key < end) return false;
-    if (++at.piece < end_piece) at.key = pieces[at.piece].k0;
+    ++at.piece;
     return true;
 }
 
@@ -71,19 +71,26 @@ struct Now {
 };
 struct Control {
     Now now[2];  // of this turn and the next
-    const u16 *k, *v;
-    i32 end_row;
-    u32 end_piece, unused[2];
+    i32 row0, end_row;
+    u32 end_piece, unused[5];
 };
 static_assert(sizeof(Control) == 160, "shared memory");
 
+// Row `key` after this thread's part of row 0.
+DEVICE const u16 *skip(const u16 *part, int key, i64 stride) {
+#if ALIGNED
+    return part + u64(u32(key)) * u32(stride);
+#else
+    return part + key * stride;
+#endif
+}
 // Start loading a block of keys (values) from key `key` on, valid before key `end`.
 DEVICE void load_keys(const ForwardParams &p, const u16 *k, int end, int key, u32 to) {
-    load_tile<BLOCK_N, HEAD_DIM, THREADS>(to, k + key * p.k.row, p.k.row, end - key,
+    load_part<BLOCK_N, HEAD_DIM, THREADS>(to, skip(k, key, p.k.row), p.k.row, end - key,
                                           EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
 }
 DEVICE void load_values(const ForwardParams &p, const u16 *v, int end, int key, u32 to) {
-    load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(to, v + key * p.v.row, p.v.row, end - key,
+    load_part<BLOCK_N, HEAD_DIM_V, THREADS>(to, skip(v, key, p.v.row), p.v.row, end - key,
                                             EXACT ? HEAD_DIM_V : p.problem.head_dim_v, threadIdx.x);
 }
 
@@ -113,6 +120,12 @@ DEVICE void scores(Scores &s, u32 q, const u32 (&held)[M_TILES][Q_IN_REGISTERS ?
 struct LaneAt {
     int row, key;
 };
+
+// Computed where it is used: the loop needs the registers.
+DEVICE LaneAt lane_at(int row0, int key) {
+    const int thread = int(opaque(threadIdx.x));
+    return {row0 + thread / WARP * ROWS + thread % WARP / 4, key + thread % 4 * 2};
+}
 
 DEVICE void transform_all(Scores &s, const Score &f, const Piece &piece, LaneAt at) {
     UNROLL for (int mt = 0; mt < M_TILES; ++mt)
@@ -287,18 +300,18 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     Control &control = *reinterpret_cast<Control *>(memory + CONTROL_AT);
     const u32 q_at = shared_address(memory), k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
 
+    const u16 *k = opaque(thread_part<HEAD_DIM, THREADS>(at<const u16>(p.k, tile.batch, 0, kv), p.k.row, threadIdx.x));
+    const u16 *v = opaque(thread_part<HEAD_DIM_V, THREADS>(at<const u16>(p.v, tile.batch, 0, kv), p.v.row, threadIdx.x));
     Cursor next{tile.first, 0};
     bool more = tile.count > 0;
     load_tile<BLOCK_M, HEAD_DIM, THREADS>(q_at, at<const u16>(p.q, tile.batch, tile.row0, head), p.q.row, tile.rows,
                                           EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
     if (more) {
-        const u16 *k = at<const u16>(p.k, tile.batch, 0, kv), *v = at<const u16>(p.v, tile.batch, 0, kv);
         next.key = pieces[next.piece].k0;
         load_keys(p, k, pieces[next.piece].k1, next.key, k_at);
         if (STAGES == 2) load_values(p, v, pieces[next.piece].k1, next.key, v_at);
         if (threadIdx.x == 0) {
-            control.k = k;
-            control.v = v;
+            control.row0 = tile.row0;
             control.end_row = tile.row0 + tile.rows;
             control.end_piece = tile.first + tile.count;
             control.now[0] = {pieces[next.piece], next.key, 0};
@@ -307,7 +320,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     copy_commit();
 
     const Score score = score_of(p.problem, head);
-    const int first_row = tile.row0 + warp * ROWS, lane_row = first_row + lane / 4;
+    const int first_row = tile.row0 + warp * ROWS;
     Rows rows;
     Output acc;
     UNROLL for (int mt = 0; mt < M_TILES; ++mt) {
@@ -321,7 +334,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
         UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
             UNROLL for (int e = 0; e < 4; ++e) acc[mt][j][e] = 0.0f;
     }
-    if (PARTIAL && (p.stage & 1)) load_partial(p, tile, head, lane_row, score.unit, rows, acc);
+    if (PARTIAL && (p.stage & 1)) load_partial(p, tile, head, first_row + lane / 4, score.unit, rows, acc);
 #if DROPOUT
     const Dropout dropout = dropout_of(p.problem, tile.batch, head);
 #endif
@@ -336,22 +349,31 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
         const u32 stage = STAGES == 2 ? turn & 1 : 0, other = STAGES == 2 ? stage ^ 1 : 0;
         const Now &now = control.now[turn & 1];
         const Piece &piece = now.piece;
-        const int key = now.key, last_key = key + BLOCK_N - 1, last_row = first_row + ROWS - 1;
+        const int first_row = control.row0 + warp * ROWS, last_row = first_row + ROWS - 1;
+        const int key = now.key, last_key = key + BLOCK_N - 1;
         // Before the loads, which shared memory serves in order.
         const bool sees = key - last_row <= piece.hi && last_key - first_row >= piece.lo &&
                           first_row < control.end_row;
         const bool masked = last_key >= piece.k1 || last_key - first_row > piece.hi || key - last_row < piece.lo;
         int end = piece.k1;
         if (STAGES == 1) {
-            load_values(p, control.v, end, key, v_at);
+            load_values(p, v, end, key, v_at);
             copy_commit();
         }
-        const bool moved = advance(next, end, control.end_piece, pieces);
-        more = next.piece < control.end_piece;
+        const bool moved = advance(next, end);
+        if (moved) more = next.piece < control.end_piece;
         if (more) {
-            if (moved) end = pieces[next.piece].k1;
+            if (moved) {
+                end = pieces[next.piece].k1;
+                next.key = pieces[next.piece].k0;
+            }
             if (threadIdx.x == 0) control.now[turn & 1 ^ 1] = {moved ? pieces[next.piece] : piece, next.key, 0};
+            if (STAGES == 2) {
+                load_keys(p, k, end, next.key, k_at + other * K_BYTES);
+                load_values(p, v, end, next.key, v_at + other * V_BYTES);
+            }
         }
+        if (STAGES == 2) copy_commit();
         if (Q_IN_REGISTERS && turn == 0) {
             UNROLL for (int mt = 0; mt < M_TILES; ++mt)
                 UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
@@ -359,26 +381,21 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
         }
         Scores s;
         if (sees) scores(s, warp_q, held, k_at + stage * K_BYTES + lane_k);
-        // Under the softmax, when shared memory is idle; before Q K^T these loads would hold it up.
         if (STAGES == 1) {
             copy_wait<0>();
             barrier();  // V is here, and nobody reads K any more
+            if (more) load_keys(p, k, end, next.key, k_at);
+            copy_commit();
         }
-        if (more) {
-            load_keys(p, control.k, end, next.key, k_at + other * K_BYTES);
-            if (STAGES == 2) load_values(p, control.v, end, next.key, v_at + other * V_BYTES);
-        }
-        copy_commit();
         if (sees) {
-            const LaneAt lane_at{lane_row, now.key + lane % 4 * 2};
 #if TRANSFORM
-            transform_all(s, score, piece, lane_at);
+            transform_all(s, score, piece, lane_at(control.row0, now.key));
 #endif
-            if (masked) mask(s, piece, lane_at);
+            if (masked) mask(s, piece, lane_at(control.row0, now.key));
             follow_maximum(s, rows, acc, score.unit);
             exponentials(s, rows, score.unit);
 #if DROPOUT
-            drop(s, dropout, piece, lane_at);
+            drop(s, dropout, piece, lane_at(control.row0, now.key));
 #endif
             weigh(acc, s, v_at + stage * V_BYTES + lane_v);
         }
@@ -390,9 +407,9 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
     const Tile done = reinterpret_cast<const Tile *>(p.problem.tiles)[end_place.tile];
 #if PARTIAL
     if (p.stage & 2) {
-        store_partial(p, done, end_place.head, lane_row, score.unit, rows, acc);
+        store_partial(p, done, end_place.head, lane_at(done.row0, 0).row, score.unit, rows, acc);
         return;
     }
 #endif
-    finish(p, done, end_place.head, lane_row, score.unit, rows, acc);
+    finish(p, done, end_place.head, lane_at(done.row0, 0).row, score.unit, rows, acc);
 }

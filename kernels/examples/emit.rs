@@ -94,7 +94,7 @@ impl Emit {
         for (d, dv) in sizes {
             let plain = |dtype| Spec::new(dtype, 1, [256, 256], [4, 2], d).with_head_dim_v(dv);
             let bf16 = plain(DType::Bf16);
-            let common = d == dv && [64, 96, 128, 192, 256].contains(&d) || d != dv;
+            let common = d != dv || [64, 96, 128, 192, 256].contains(&d);
             let mut specs = vec![bf16.clone(), bf16.clone().with_deterministic(true)];
             if common {
                 specs.extend([
@@ -111,7 +111,11 @@ impl Emit {
             if common || d <= 32 {
                 specs.extend([
                     plain(DType::F32),
-                    plain(DType::F32).with_dropout(Some(0.1)).with_alibi(true).with_softcap(Some(30.0)).with_partial(true),
+                    plain(DType::F32)
+                        .with_dropout(Some(0.1))
+                        .with_alibi(true)
+                        .with_softcap(Some(30.0))
+                        .with_partial(true),
                 ]);
             }
             for (i, spec) in specs.iter().enumerate() {

@@ -276,9 +276,9 @@ pub struct FillParams {
 pub fn width<'a>(tensors: impl IntoIterator<Item = &'a Tensor>, extent: [u32; 4]) -> u32 {
     let whole = |t: &Tensor| {
         let strides = [(extent[0], t.batch), (extent[1], t.row), (extent[2], t.head)];
-        t.ptr % 16 == 0 && strides.iter().all(|(n, s)| *n <= 1 || s % 4 == 0)
+        t.ptr.is_multiple_of(16) && strides.iter().all(|(n, s)| *n <= 1 || s % 4 == 0)
     };
-    if extent[3] % 4 == 0 && tensors.into_iter().all(whole) { 4 } else { 1 }
+    if extent[3].is_multiple_of(4) && tensors.into_iter().all(whole) { 4 } else { 1 }
 }
 
 const _: () = {

@@ -61,7 +61,11 @@ impl View {
             let [b, s, h, d] = v.extent();
             let [sb, ss, sh, _] = v.strides();
             let strides = [(b, sb), (s, ss), (h, sh)];
-            d == 1 || (ss < 1 << 24 && v.offset() % 8 == 0 && d % 8 == 0 && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
+            d == 1
+                || (ss < 1 << 24
+                    && v.offset().is_multiple_of(8)
+                    && d % 8 == 0
+                    && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
         };
         Self { aligned: views.into_iter().all(whole) }
     }
@@ -108,7 +112,7 @@ impl Specialization {
         if spec.dtype == DType::F32 {
             return fma(Source::FMA_FORWARD, &["attention_forward"], spec);
         }
-        let (d, dv) = (padded(spec.head_dim, 16), padded(spec.head_dim_v, 16));
+        let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = forward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
         let rows = tile.warps * tile.m_tiles * 16;
         let mut defines = attention_defines(spec, d, dv, view.aligned);
@@ -142,7 +146,7 @@ impl Specialization {
         if spec.dtype == DType::F32 {
             return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
         }
-        let (d, dv) = (padded(spec.head_dim, 32), padded(spec.head_dim_v, 32));
+        let (d, dv) = (tiled(spec.head_dim, 32), tiled(spec.head_dim_v, 32));
         let dq = Self::atomics(spec);
         let tile = backward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
         let mut defines = attention_defines(spec, d, dv, view.aligned);
@@ -185,7 +189,7 @@ impl Specialization {
         if spec.dtype == DType::F32 {
             return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
         }
-        let (d, dv) = (padded(spec.head_dim, 16), padded(spec.head_dim_v, 16));
+        let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = dq_tile(d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
         let mut defines = attention_defines(spec, d, dv, view.aligned);
         defines.extend([
@@ -270,6 +274,15 @@ const fn padded(size: usize, to: usize) -> u32 {
     (size.div_ceil(to) * to) as u32
 }
 
+/// A head size as tensor-core tiles have it: coarser where it is large, so that loads divide evenly among threads.
+const fn tiled(size: usize, step: usize) -> u32 {
+    match size {
+        ..=96 => padded(size, step),
+        97..=128 => padded(size, 32),
+        _ => padded(size, 64),
+    }
+}
+
 const fn io(dtype: DType) -> &'static str {
     match dtype {
         DType::Bf16 => "IO_BF16=1",
@@ -297,6 +310,11 @@ fn attention_defines(spec: &Spec, d: u32, dv: u32, aligned: bool) -> Vec<String>
 /// Whether logits are more than a positive factor times the dot product (the f32 kernels know no other form).
 fn transforms(spec: &Spec) -> bool {
     spec.dtype == DType::F32 || spec.softcap.is_some() || spec.alibi || spec.scale <= 0.0
+}
+
+/// Whether positions of pairs are computed, which takes registers.
+fn is_heavy(spec: &Spec) -> bool {
+    spec.alibi || spec.dropout.is_some()
 }
 
 /// Bytes of `rows` rows of 16-bit elements in shared memory (8 more elements a row).
@@ -331,10 +349,12 @@ fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardT
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
     let tiles: &[[u32; 5]] = match d.max(dv) {
+        ..=64 if is_heavy(spec) => &[[4, 1, 32, 2, 2]],
+        65..=128 if is_heavy(spec) => &[[8, 1, 32, 2, 1], [4, 1, 32, 1, 1]],
         ..=64 if plain => &[[4, 2, 64, 2, 2], [4, 2, 64, 1, 2]],
         ..=64 => &[[4, 2, 32, 2, 2], [4, 1, 32, 2, 2]],
-        ..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
-        ..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
+        65..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
+        65..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
         _ if plain => &[[8, 1, 64, 2, 1], [8, 1, 64, 1, 1], [4, 1, 64, 1, 1], [4, 1, 32, 1, 1]],
         _ => &[[8, 1, 32, 2, 1], [8, 1, 32, 1, 1], [4, 1, 32, 1, 1]],
     };
@@ -369,7 +389,9 @@ impl BackwardTile {
     /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns.
     fn dq_warps_m(&self, d: u32) -> u32 {
         let warps = self.key_warps * self.split;
-        let fits = |m: u32| warps % m == 0 && self.queries % (16 * m) == 0 && d % (16 * (warps / m)) == 0;
+        let fits = |m: u32| {
+            warps.is_multiple_of(m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
+        };
         [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m)).unwrap_or(warps)
     }
 }
@@ -386,16 +408,35 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         side_by_side: side == 1,
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
-    let tiles: &[[u32; 8]] = if d.max(dv) <= 64 && plain {
+    let tiles: &[[u32; 8]] = if is_heavy(spec) && d + dv <= 320 {
+        &[[8, 1, 1, 64, 16, 2, 1, 0], [8, 1, 1, 32, 16, 1, 1, 0], [4, 1, 1, 32, 16, 1, 1, 0]]
+    } else if is_heavy(spec) {
+        &[[4, 2, 1, 64, 16, 2, 1, 0], [4, 2, 1, 64, 16, 1, 1, 0], [2, 2, 1, 32, 16, 1, 1, 0]]
+    } else if d.max(dv) <= 64 && plain {
         &[[4, 1, 2, 64, 32, 2, 2, 1], [4, 1, 2, 32, 32, 2, 2, 1], [4, 1, 1, 32, 32, 2, 2, 1]]
     } else if d.max(dv) <= 64 {
         &[[4, 1, 2, 64, 16, 2, 2, 0], [4, 1, 2, 32, 16, 2, 2, 0], [4, 1, 1, 32, 16, 2, 2, 0]]
     } else if d + dv <= 256 && plain {
-        &[[4, 2, 2, 64, 32, 2, 1, 1], [8, 1, 1, 64, 32, 2, 1, 0], [8, 1, 1, 32, 32, 1, 1, 0], [4, 1, 1, 32, 32, 1, 1, 0]]
+        &[
+            [4, 2, 2, 64, 32, 2, 1, 1],
+            [8, 1, 1, 64, 32, 2, 1, 0],
+            [8, 1, 1, 32, 32, 1, 1, 0],
+            [4, 1, 1, 32, 32, 1, 1, 0],
+        ]
     } else if d + dv <= 256 {
-        &[[4, 2, 2, 64, 16, 2, 1, 0], [8, 1, 1, 64, 16, 2, 1, 0], [8, 1, 1, 32, 16, 1, 1, 0], [4, 1, 1, 32, 16, 1, 1, 0]]
+        &[
+            [4, 2, 2, 64, 16, 2, 1, 0],
+            [8, 1, 1, 64, 16, 2, 1, 0],
+            [8, 1, 1, 32, 16, 1, 1, 0],
+            [4, 1, 1, 32, 16, 1, 1, 0],
+        ]
     } else if d + dv <= 320 {
-        &[[8, 1, 1, 64, 16, 2, 1, 0], [8, 1, 1, 32, 16, 2, 1, 0], [4, 1, 1, 32, 16, 2, 1, 0], [4, 1, 1, 32, 16, 1, 1, 0]]
+        &[
+            [8, 1, 1, 64, 16, 2, 1, 0],
+            [8, 1, 1, 32, 16, 2, 1, 0],
+            [4, 1, 1, 32, 16, 2, 1, 0],
+            [4, 1, 1, 32, 16, 1, 1, 0],
+        ]
     } else {
         &[
             [2, 4, 2, 64, 16, 2, 1, 1],
@@ -406,7 +447,8 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         ]
     };
     let dq = Specialization::atomics(spec);
-    let mut fitting = tiles.iter().map(|t| of(*t)).filter(|t| d % (16 * t.split) == 0 && dv % (16 * t.split) == 0);
+    let mut fitting =
+        tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
     fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))
 }
 

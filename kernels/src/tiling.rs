@@ -379,7 +379,8 @@ mod tests {
     #[test]
     fn a_thousand_slices_take_about_a_millisecond() {
         let spec = Spec::new(DType::Bf16, 1, [1 << 17, 1 << 17], [1, 1], 16);
-        let documents = (0..1000).map(|i| Slice { hi: 0, ..Slice::full(0, i * 128..i * 128 + 128, i * 128..i * 128 + 128) });
+        let documents =
+            (0..1000).map(|i| Slice { hi: 0, ..Slice::full(0, i * 128..i * 128 + 128, i * 128..i * 128 + 128) });
         let slices = Slices::new(&spec, documents).expect("valid");
         let begin = std::time::Instant::now();
         let list = WorkList::by_keys(&spec, &slices, 128).expect("valid");

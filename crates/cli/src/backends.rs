@@ -22,6 +22,8 @@ pub fn check(selector: &str) -> Result<()> {
 /// One line about a backend, for people.
 pub fn what(name: &str) -> &'static str {
     match name {
+        "ascend" => "Huawei Ascend NPUs: attention from matmuls and small operators, with every option",
+        "ascend-fused" => "the same with the fused forward where it can, refused where it can't",
         "cpu" => "ranks are threads of this process",
         "cpu-ascend-like" => "the same with Ascend's habits: no partials in bf16 and f16, blocking rendezvous",
         "cpu-checked" => "the same, and every access is checked for a missing order",

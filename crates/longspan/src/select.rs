@@ -18,6 +18,8 @@ pub trait Visit {
 pub fn backends() -> Vec<&'static str> {
     #[allow(unused_mut)] // no backend, no push
     let mut names = Vec::new();
+    #[cfg(feature = "ascend")]
+    names.extend([longspan_ascend::Ascend::NAME, longspan_ascend::AscendFused::NAME]);
     #[cfg(feature = "cpu")]
     names.extend(longspan_cpu::Cpu::names());
     #[cfg(feature = "cuda")]
@@ -30,10 +32,14 @@ pub fn backends() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
 /// if a library is missing.
-#[cfg_attr(not(any(feature = "cpu", feature = "cuda")), allow(unused_variables))] // without any backend, nothing is visited
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(unused_variables))] // without any backend, nothing is visited
 pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
     let (name, indices) = parse(selector)?;
     match name {
+        #[cfg(feature = "ascend")]
+        "ascend" => open::<longspan_ascend::Ascend, V>(&indices, visitor),
+        #[cfg(feature = "ascend")]
+        "ascend-fused" => open::<longspan_ascend::AscendFused, V>(&indices, visitor),
         #[cfg(feature = "cpu")]
         "cpu" => open::<longspan_cpu::Cpu, V>(&indices, visitor),
         #[cfg(feature = "cpu")]
@@ -60,7 +66,7 @@ fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
     Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
 }
 
-#[cfg_attr(not(any(feature = "cpu", feature = "cuda")), allow(dead_code))]
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(dead_code))]
 fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
     let all = B::devices()?;
     if indices.is_empty() {
