@@ -1,4 +1,4 @@
-//! The conformance suite for `cuda` alone, in parts: what `ci/gpu.sh` runs on a machine with GPUs.
+//! The conformance suite for `cuda` alone, and its own cases, in parts: what `ci/gpu.sh` runs on a machine with GPUs.
 //!
 //! ```text
 //! conformance PART/PARTS REPORT.json [FILTER [RANKS]]
@@ -6,6 +6,8 @@
 //!
 //! Cases are dealt to the parts in turn, so that every core of the machine can compile kernels. Failures go to standard output.
 //! Exit status 0: all passed or were refused as expected.
+
+mod foreign;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -31,7 +33,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         expectations: if parts == 1 { expectations::built_in(Cuda::NAME).to_owned() } else { String::new() },
         ..Options::default()
     };
-    let table = cases::table::<Cuda>(Cuda::NAME, options.seed);
+    let mut table = cases::table::<Cuda>(Cuda::NAME, options.seed);
+    table.extend(foreign::cases());
     let mine = table.into_iter().enumerate().filter(|(i, _)| i % parts == part).map(|(_, case)| case).collect();
     let report = run_cases::<Cuda>(&options, mine, &mut |case, _, _| {
         if case.outcome == Outcome::Fail {
