@@ -85,7 +85,7 @@ impl AscendBuffer {
         bytes: usize,
         owner: Option<Arc<dyn Any + Send + Sync>>,
     ) -> Result<Self> {
-        if pointer.is_null() || pointer as usize % 16 != 0 {
+        if pointer.is_null() || !(pointer as usize).is_multiple_of(16) {
             return Err(Error::invalid("pointer", "device memory is not null and aligned to 16 bytes"));
         }
         let (context, meter) = (Arc::clone(context), Arc::clone(meter));

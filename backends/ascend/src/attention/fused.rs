@@ -43,7 +43,9 @@ pub(super) fn supports(spec: &Spec) -> Result<()> {
 
 /// Whether KV heads have unequal numbers of local query heads.
 fn irregular(spec: &Spec) -> bool {
-    spec.heads > 0 && (spec.head_first % spec.group != 0 || spec.heads % spec.group != 0) && spec.kv_heads > 1
+    spec.heads > 0
+        && !(spec.head_first.is_multiple_of(spec.group) && spec.heads.is_multiple_of(spec.group))
+        && spec.kv_heads > 1
 }
 
 /// Whether every row's keys come from one slice that is full or causal from its upper left corner.

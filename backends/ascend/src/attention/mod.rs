@@ -174,7 +174,7 @@ impl Attention<AscendDevice> for AscendAttention {
         on.0.enter()?;
         let scratch = on.0.temporary(prepare::SUM_BYTES)?;
         prepare::accumulate(Ops::new(&on.0), args, scratch.address())?;
-        let terms = args.terms.iter().map(|t| t.buffer());
+        let terms = args.terms.iter().map(longspan_hal::View::buffer);
         keep(&on.0, terms.chain([args.into.buffer(), &scratch]).collect())
     }
 }

@@ -21,17 +21,34 @@ fn broadcasts(dims: &[usize], to: &[usize]) -> bool {
     dims.len() <= to.len() && dims.iter().rev().zip(to.iter().rev()).all(|(a, b)| a == b || *a == 1)
 }
 
+/// Merges axes that follow each other in the memory of every tensor: fewer and longer rows.
+fn merged(dims: &[usize], strides: &[Vec<usize>]) -> (Vec<usize>, Vec<Vec<usize>>) {
+    let (mut to, mut steps) = (Vec::new(), vec![Vec::new(); strides.len()]);
+    for (axis, &dim) in dims.iter().enumerate() {
+        let follows = |(s, t): (&Vec<usize>, &Vec<usize>)| t.last().is_some_and(|&outer| outer == s[axis] * dim);
+        if !to.is_empty() && strides.iter().zip(&steps).all(follows) {
+            to.last_mut().into_iter().for_each(|last| *last *= dim);
+            steps.iter_mut().zip(strides).for_each(|(t, s)| t.last_mut().into_iter().for_each(|last| *last = s[axis]));
+        } else if dim != 1 || axis + 1 == dims.len() {
+            to.push(dim);
+            steps.iter_mut().zip(strides).for_each(|(t, s)| t.push(s[axis]));
+        }
+    }
+    (to, steps)
+}
+
 /// Runs `kernel` over the rows of the output (the last tensor) and the inputs before it.
 fn map(tensors: &[Ready], kernel: &Kernel) {
     let Some((out, inputs)) = tensors.split_last() else { return };
     let strides: Vec<Vec<usize>> = tensors.iter().map(|t| t.broadcast(&out.dims)).collect();
-    let n = out.dims.last().copied().unwrap_or(1);
+    let (dims, strides) = merged(&out.dims, &strides);
+    let n = dims.last().copied().unwrap_or(1);
     let last = |i: usize| strides[i].last().copied().unwrap_or(0);
     let all: Vec<&Vec<usize>> = strides.iter().collect();
     match kernel {
         Kernel::Real(f) => {
             let (mut buffers, mut to) = (vec![vec![0.0f32; n]; inputs.len()], vec![0.0f32; n]);
-            rows(&out.dims, &all, |at| {
+            rows(&dims, &all, |at| {
                 buffers.iter_mut().enumerate().for_each(|(i, b)| inputs[i].load(at[i], last(i), b));
                 f(&buffers.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut to);
                 out.store(at[inputs.len()], last(inputs.len()), &to);
@@ -39,7 +56,7 @@ fn map(tensors: &[Ready], kernel: &Kernel) {
         }
         Kernel::Int(f) => {
             let (mut buffers, mut to) = (vec![vec![0i64; n]; inputs.len()], vec![0i64; n]);
-            rows(&out.dims, &all, |at| {
+            rows(&dims, &all, |at| {
                 buffers.iter_mut().enumerate().for_each(|(i, b)| inputs[i].load_int(at[i], last(i), b));
                 f(&buffers.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut to);
                 out.store_int(at[inputs.len()], last(inputs.len()), &to);

@@ -12,7 +12,7 @@ use crate::state::{CONFIG, Handles, code, count, lock, misuse, random};
 use crate::stream::Running;
 
 /// HCCL's own codes.
-mod hccl {
+mod result {
     pub const OK: i32 = 0;
     pub const PARAMETER: i32 = 1;
     pub const POINTER: i32 = 2;
@@ -39,7 +39,7 @@ static ROOTS: AtomicU64 = AtomicU64::new(0);
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn HcclGetRootInfo(root: *mut c_void) -> i32 {
     if root.is_null() {
-        return misuse(hccl::POINTER, "no place for the root info");
+        return misuse(result::POINTER, "no place for the root info");
     }
     let n = ROOTS.fetch_add(1, Ordering::Relaxed);
     let name = format!("longspan-npu-{}-{n}-{:x}", std::process::id(), random(1 << 40));
@@ -47,7 +47,7 @@ pub unsafe extern "C" fn HcclGetRootInfo(root: *mut c_void) -> i32 {
     bytes[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: by the caller.
     unsafe { root.cast::<[u8; ROOT_BYTES]>().write_unaligned(bytes) };
-    hccl::OK
+    result::OK
 }
 
 /// `hccl.h`.
@@ -62,11 +62,11 @@ pub unsafe extern "C" fn HcclCommInitRootInfo(
     comm: *mut *mut c_void,
 ) -> i32 {
     if root.is_null() || comm.is_null() {
-        return misuse(hccl::POINTER, "no root info or no place for the communicator");
+        return misuse(result::POINTER, "no root info or no place for the communicator");
     }
-    let Ok(device) = device() else { return hccl::RUNTIME };
+    let Ok(device) = device() else { return result::RUNTIME };
     if rank >= size {
-        return misuse(hccl::PARAMETER, format!("rank {rank} of {size}"));
+        return misuse(result::PARAMETER, format!("rank {rank} of {size}"));
     }
     // SAFETY: by the caller.
     let bytes = unsafe { root.cast::<[u8; ROOT_BYTES]>().read_unaligned() };
@@ -77,9 +77,9 @@ pub unsafe extern "C" fn HcclCommInitRootInfo(
             let made = Comm { peers, turn: Mutex::default(), failed: AtomicI32::new(0) };
             // SAFETY: by the caller.
             unsafe { comm.write(COMMS.add(made)) };
-            hccl::OK
+            result::OK
         }
-        Err(error) => misuse(hccl::TIMEOUT, format!("rank {rank} of {size} could not connect: {error}")),
+        Err(error) => misuse(result::TIMEOUT, format!("rank {rank} of {size} could not connect: {error}")),
     }
 }
 
@@ -89,9 +89,9 @@ pub extern "C" fn HcclCommDestroy(comm: *mut c_void) -> i32 {
     match COMMS.remove(comm) {
         Some(comm) => {
             comm.peers.iter().flatten().for_each(|p| p.close());
-            hccl::OK
+            result::OK
         }
-        None => misuse(hccl::PARAMETER, "a communicator was destroyed that does not live"),
+        None => misuse(result::PARAMETER, "a communicator was destroyed that does not live"),
     }
 }
 
@@ -101,21 +101,21 @@ pub extern "C" fn HcclCommDestroy(comm: *mut c_void) -> i32 {
 /// `error` is valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn HcclGetCommAsyncError(comm: *mut c_void, error: *mut i32) -> i32 {
-    let Some(comm) = COMMS.get(comm) else { return misuse(hccl::PARAMETER, "a communicator that does not live") };
+    let Some(comm) = COMMS.get(comm) else { return misuse(result::PARAMETER, "a communicator that does not live") };
     // SAFETY: by the caller.
     unsafe { error.write(comm.failed.load(Ordering::Acquire)) };
-    hccl::OK
+    result::OK
 }
 
 /// `hccl.h`.
 #[unsafe(no_mangle)]
-pub extern "C" fn HcclGetErrorString(result: i32) -> *const c_char {
-    match result {
-        hccl::OK => c"no error",
-        hccl::PARAMETER => c"parameter error",
-        hccl::POINTER => c"empty pointer",
-        hccl::TIMEOUT => c"timeout",
-        hccl::RUNTIME => c"call runtime api fail",
+pub extern "C" fn HcclGetErrorString(code: i32) -> *const c_char {
+    match code {
+        result::OK => c"no error",
+        result::PARAMETER => c"parameter error",
+        result::POINTER => c"empty pointer",
+        result::TIMEOUT => c"timeout",
+        result::RUNTIME => c"call runtime api fail",
         _ => c"other error",
     }
     .as_ptr()
@@ -151,7 +151,7 @@ fn size_of(dtype: i32) -> Option<usize> {
 
 impl Comm {
     fn message(&self, item: &Item) -> Result<Message, i32> {
-        let wrong = |text: String| Err(misuse(hccl::PARAMETER, text));
+        let wrong = |text: String| Err(misuse(result::PARAMETER, text));
         let Some(Some(peer)) = self.peers.get(item.peer as usize) else {
             return wrong(format!("a message with rank {}, which is oneself or out of range", item.peer));
         };
@@ -196,7 +196,7 @@ impl Comm {
     }
 
     fn lost(&self) -> i32 {
-        self.failed.store(hccl::TIMEOUT, Ordering::Release);
+        self.failed.store(result::TIMEOUT, Ordering::Release);
         count("communication timeouts", 1);
         code::TASK_TIMEOUT
     }
@@ -208,10 +208,10 @@ impl Comm {
 /// `items` points to `n` items.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn HcclBatchSendRecv(items: *mut c_void, n: u32, comm: *mut c_void, on: *mut c_void) -> i32 {
-    let Some(comm) = COMMS.get(comm) else { return misuse(hccl::PARAMETER, "a communicator that does not live") };
-    let Ok(stream) = stream(on) else { return hccl::RUNTIME };
+    let Some(comm) = COMMS.get(comm) else { return misuse(result::PARAMETER, "a communicator that does not live") };
+    let Ok(stream) = stream(on) else { return result::RUNTIME };
     if items.is_null() || n == 0 {
-        return misuse(hccl::POINTER, "an empty batch");
+        return misuse(result::POINTER, "an empty batch");
     }
     // SAFETY: by the caller.
     let items = unsafe { std::slice::from_raw_parts(items.cast::<Item>(), n as usize) };
@@ -220,7 +220,7 @@ pub unsafe extern "C" fn HcclBatchSendRecv(items: *mut c_void, n: u32, comm: *mu
         Ok(messages) => {
             count("launch exchange", 1);
             stream.push(move |running| comm.batch(&messages, running));
-            hccl::OK
+            result::OK
         }
         Err(code) => code,
     }
@@ -229,8 +229,8 @@ pub unsafe extern "C" fn HcclBatchSendRecv(items: *mut c_void, n: u32, comm: *mu
 /// `hccl.h`.
 #[unsafe(no_mangle)]
 pub extern "C" fn HcclBarrier(comm: *mut c_void, on: *mut c_void) -> i32 {
-    let Some(comm) = COMMS.get(comm) else { return misuse(hccl::PARAMETER, "a communicator that does not live") };
-    let Ok(stream) = stream(on) else { return hccl::RUNTIME };
+    let Some(comm) = COMMS.get(comm) else { return misuse(result::PARAMETER, "a communicator that does not live") };
+    let Ok(stream) = stream(on) else { return result::RUNTIME };
     stream.push(move |running| {
         let _turn = lock(&comm.turn);
         let until = Instant::now() + CONFIG.timeout;
@@ -244,5 +244,5 @@ pub extern "C" fn HcclBarrier(comm: *mut c_void, on: *mut c_void) -> i32 {
         }
         Ok(())
     });
-    hccl::OK
+    result::OK
 }

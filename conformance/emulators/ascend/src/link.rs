@@ -99,9 +99,9 @@ impl Peer {
                 let Some(peer) = weak.upgrade() else { return };
                 let mut inbox = lock(&peer.inbox);
                 if frame.kind == ACK {
-                    inbox.acks += 1
+                    inbox.acks += 1;
                 } else {
-                    inbox.frames.push_back(frame)
+                    inbox.frames.push_back(frame);
                 }
                 peer.wake.notify_all();
             }

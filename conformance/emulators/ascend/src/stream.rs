@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::state::{CONFIG, code, count, lock, random};
@@ -154,7 +154,7 @@ impl Stream {
                 if queue.ended {
                     return;
                 }
-                queue = self.wake.wait(queue).unwrap_or_else(|e| e.into_inner());
+                queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
             };
             queue.busy = true;
             let failed = queue.failed;
@@ -184,9 +184,9 @@ impl Stream {
     }
 }
 
-/// One task in eight is late.
+/// One task in sixty-four is late.
 fn delay() {
-    if CONFIG.delay > 0 && random(8) == 0 {
+    if CONFIG.delay > 0 && random(64) == 0 {
         std::thread::sleep(Duration::from_micros(random(CONFIG.delay)));
     }
 }

@@ -92,36 +92,48 @@ impl Ready {
 
     /// Loads `to.len()` elements from element `at` on, `stride` apart.
     pub fn load(&self, at: usize, stride: usize, to: &mut [f32]) {
-        let i64s = |i: usize| at + i * stride;
+        let place = |i: usize| at + i * stride;
         // SAFETY: offsets lie inside the tensor's span, which was checked when the tensor was made ready.
         unsafe {
             match self.dtype {
-                dtype::F32 => each(to, |i| self.base.cast::<f32>().add(i64s(i)).read_unaligned()),
-                dtype::F16 => each(to, |i| self.base.cast::<half::f16>().add(i64s(i)).read_unaligned().to_f32()),
-                dtype::BF16 => each(to, |i| self.base.cast::<half::bf16>().add(i64s(i)).read_unaligned().to_f32()),
-                dtype::I32 => each(to, |i| self.base.cast::<i32>().add(i64s(i)).read_unaligned() as f32),
-                dtype::I64 => each(to, |i| self.base.cast::<i64>().add(i64s(i)).read_unaligned() as f32),
-                _ => each(to, |i| f32::from(self.base.add(i64s(i)).read())),
+                dtype::F32 if stride == 1 => {
+                    std::ptr::copy_nonoverlapping(self.base.cast::<f32>().add(at), to.as_mut_ptr(), to.len());
+                }
+                dtype::F32 => each(to, |i| self.base.cast::<f32>().add(place(i)).read_unaligned()),
+                dtype::F16 => each(to, |i| self.base.cast::<half::f16>().add(place(i)).read_unaligned().to_f32()),
+                dtype::BF16 => each(to, |i| self.base.cast::<half::bf16>().add(place(i)).read_unaligned().to_f32()),
+                dtype::I32 => each(to, |i| self.base.cast::<i32>().add(place(i)).read_unaligned() as f32),
+                dtype::I64 => each(to, |i| self.base.cast::<i64>().add(place(i)).read_unaligned() as f32),
+                _ => each(to, |i| f32::from(self.base.add(place(i)).read())),
             }
         }
     }
 
     /// [`Self::load`] of integers.
     pub fn load_int(&self, at: usize, stride: usize, to: &mut [i64]) {
-        let i64s = |i: usize| at + i * stride;
+        let place = |i: usize| at + i * stride;
         // SAFETY: as in `load`.
         unsafe {
             match self.dtype {
-                dtype::I32 => each(to, |i| i64::from(self.base.cast::<i32>().add(i64s(i)).read_unaligned())),
-                dtype::I64 => each(to, |i| self.base.cast::<i64>().add(i64s(i)).read_unaligned()),
-                dtype::F32 => each(to, |i| self.base.cast::<f32>().add(i64s(i)).read_unaligned() as i64),
-                _ => each(to, |i| i64::from(self.base.add(i64s(i)).read())),
+                dtype::I64 if stride == 1 => {
+                    std::ptr::copy_nonoverlapping(self.base.cast::<i64>().add(at), to.as_mut_ptr(), to.len());
+                }
+                dtype::I32 => each(to, |i| i64::from(self.base.cast::<i32>().add(place(i)).read_unaligned())),
+                dtype::I64 => each(to, |i| self.base.cast::<i64>().add(place(i)).read_unaligned()),
+                dtype::F32 => each(to, |i| self.base.cast::<f32>().add(place(i)).read_unaligned() as i64),
+                _ => each(to, |i| i64::from(self.base.add(place(i)).read())),
             }
         }
     }
 
     /// Stores elements, rounded to the tensor's type.
     pub fn store(&self, at: usize, stride: usize, from: &[f32]) {
+        if self.dtype == dtype::F32 && stride == 1 {
+            // SAFETY: as in `load`.
+            return unsafe {
+                std::ptr::copy_nonoverlapping(from.as_ptr(), self.base.cast::<f32>().add(at), from.len());
+            };
+        }
         for (i, &x) in from.iter().enumerate() {
             let at = at + i * stride;
             // SAFETY: as in `load`.
@@ -141,6 +153,12 @@ impl Ready {
 
     /// [`Self::store`] of integers.
     pub fn store_int(&self, at: usize, stride: usize, from: &[i64]) {
+        if self.dtype == dtype::I64 && stride == 1 {
+            // SAFETY: as in `load`.
+            return unsafe {
+                std::ptr::copy_nonoverlapping(from.as_ptr(), self.base.cast::<i64>().add(at), from.len());
+            };
+        }
         for (i, &x) in from.iter().enumerate() {
             let at = at + i * stride;
             // SAFETY: as in `load`.
@@ -159,6 +177,10 @@ impl Ready {
     /// Copies the bits of `n` elements from `from`, a tensor of the same type.
     pub fn copy_bits(&self, [at, stride]: [usize; 2], from: &Self, [from_at, from_stride]: [usize; 2], n: usize) {
         let size = dtype::size(self.dtype).unwrap_or(1);
+        if stride == 1 && from_stride == 1 {
+            // SAFETY: as in `load`.
+            return unsafe { std::ptr::copy(from.base.add(from_at * size), self.base.add(at * size), n * size) };
+        }
         for i in 0..n {
             // SAFETY: as in `load`.
             unsafe {
