@@ -20,7 +20,12 @@
 //!
 //! # #[cfg(target_os = "linux")]
 //! # fn main() -> longspan_hal::Result<()> {
-//! let search = Search { what: "libm", candidates: vec!["libm.so.6".into()], how_to_get_it: "install a C library" };
+//! let search = Search {
+//!     what: "libm",
+//!     candidates: vec!["libm.so.6".into()],
+//!     beside: &[],
+//!     how_to_get_it: "install a C library",
+//! };
 //! let math = Math::load(Library::open(&search)?, 0)?;
 //! // SAFETY: the signature is that of C's `cos`.
 //! let one = unsafe { math.cosine(0.0) };
@@ -33,6 +38,7 @@
 
 use std::ffi::OsString;
 use std::fmt::{Debug, Formatter};
+use std::path::{Path, PathBuf};
 
 use longspan_hal::{Error, Result};
 
@@ -53,6 +59,9 @@ pub struct Search {
     pub what: &'static str,
     /// Paths, or file names that the loader looks up, in order of preference.
     pub candidates: Vec<OsString>,
+    /// Starts of the names of files that the library itself loads by name: where a candidate has a folder, they are loaded
+    /// from it first, since the loader would not look there.
+    pub beside: &'static [&'static str],
     /// What the user can do if none is found.
     pub how_to_get_it: &'static str,
 }
@@ -64,6 +73,26 @@ pub struct Library {
     what: &'static str,
     path: OsString,
     how_to_get_it: &'static str,
+}
+
+impl Search {
+    /// Loads what lies beside the library. What is missing there shows when the library misses it.
+    fn open_beside(&self, candidate: &Path) {
+        let Some(Ok(folder)) = candidate.parent().filter(|_| !self.beside.is_empty()).map(std::fs::read_dir) else {
+            return;
+        };
+        let wanted = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            self.beside.iter().any(|start| name.starts_with(start))
+        };
+        for path in folder.flatten().map(|entry| entry.path()).filter(wanted) {
+            // SAFETY: a part of a vendor's library, whose initialisers are sound to run.
+            if let Ok(library) = unsafe { libloading::Library::new(path) } {
+                // It stays loaded, as the library that needs it does.
+                std::mem::forget(library);
+            }
+        }
+    }
 }
 
 impl Debug for Library {
@@ -80,6 +109,7 @@ impl Library {
     pub fn open(search: &Search) -> Result<Self> {
         let mut failures = Vec::new();
         for candidate in &search.candidates {
+            search.open_beside(Path::new(candidate));
             // SAFETY: candidates are vendors' libraries, whose initialisers are sound to run.
             match unsafe { libloading::Library::new(candidate) } {
                 Ok(library) => {
@@ -207,7 +237,7 @@ mod tests {
 
     fn search(candidates: &[&str]) -> Search {
         let candidates = candidates.iter().map(OsString::from).collect();
-        Search { what: "libm", candidates, how_to_get_it: "install it" }
+        Search { what: "libm", candidates, beside: &["libm-nothing"], how_to_get_it: "install it" }
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub fn backends() -> Vec<&'static str> {
     names.extend([longspan_ascend::Ascend::NAME, longspan_ascend::AscendFused::NAME]);
     #[cfg(feature = "cpu")]
     names.extend(longspan_cpu::Cpu::names());
+    #[cfg(feature = "cuda")]
+    names.push(longspan_cuda::Cuda::NAME);
     names
 }
 
@@ -30,7 +32,7 @@ pub fn backends() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
 /// if a library is missing.
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu")), allow(unused_variables))] // without any backend, nothing is visited
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(unused_variables))] // without any backend, nothing is visited
 pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
     let (name, indices) = parse(selector)?;
     match name {
@@ -44,6 +46,8 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
         name if indices.is_empty() && longspan_cpu::Cpu::named(name).is_some() => {
             visitor.visit::<longspan_cpu::Cpu>(longspan_cpu::Cpu::named(name).into_iter().collect())
         }
+        #[cfg(feature = "cuda")]
+        "cuda" => open::<longspan_cuda::Cuda, V>(&indices, visitor),
         _ => Err(Error::invalid(
             "backend",
             format!(
@@ -62,7 +66,7 @@ fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
     Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
 }
 
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu")), allow(dead_code))]
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(dead_code))]
 fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
     let all = B::devices()?;
     if indices.is_empty() {

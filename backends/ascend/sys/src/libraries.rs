@@ -74,6 +74,7 @@ impl Libraries {
                 Some(path) => vec![path.clone()],
                 None => names.iter().flat_map(|name| candidates(OsStr::new(name))).collect(),
             },
+            beside: &[],
             how_to_get_it: HOW,
         };
         let (mut list, mut first_error) = (Vec::new(), None);
@@ -123,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_missing_symbol_is_named_with_the_libraries_that_lack_it() {
-        let search = Search { what: "libc", candidates: vec!["libc.so.6".into()], how_to_get_it: "" };
+        let search = Search { what: "libc", candidates: vec!["libc.so.6".into()], beside: &[], how_to_get_it: "" };
         let libraries = Libraries { what: "libc", list: vec![Library::open(&search).expect("a C library")] };
         // SAFETY: the symbol does not exist, so nothing is called.
         let missing = unsafe { libraries.symbol::<unsafe extern "C" fn()>("aclrtNoSuchThing") };

@@ -1,0 +1,123 @@
+//! Longspan on NVIDIA GPUs: what only they have. Everything else is in `longspan-gpu`.
+//!
+//! Needed at run time: the driver (`libcuda.so.1`) and NVRTC (`libnvrtc.so`); NCCL (`libnccl.so.2`) for devices that can't
+//! reach each other's memory. No CUDA toolkit is needed, neither to build nor to run.
+//!
+//! | variable | what it does |
+//! |---|---|
+//! | `LONGSPAN_EXCHANGE` | `auto` (the default), `peer` or `nccl`: how messages travel |
+//! | `LONGSPAN_LIBCUDA`, `LONGSPAN_LIBNVRTC`, `LONGSPAN_LIBNCCL` | path of a library, tried first |
+//! | `LONGSPAN_CACHE` | folder of compiled kernels |
+//! | `LONGSPAN_QUIET` | no lines about compiled kernels |
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use longspan_gpu::{Codes, Facts, GpuBackend, Machine, Place, Vendor, in_site_packages};
+
+/// NVIDIA GPUs as a backend: `cuda`.
+pub type Cuda = GpuBackend<Nvidia>;
+
+/// The [`Vendor`] of `cuda`.
+#[derive(Debug)]
+pub enum Nvidia {}
+
+impl Vendor for Nvidia {
+    const NAME: &'static str = "cuda";
+
+    fn machine() -> &'static Machine {
+        static MACHINE: Machine = Machine::new(FACTS);
+        &MACHINE
+    }
+}
+
+const FACTS: Facts = Facts {
+    name: Nvidia::NAME,
+    flavor: 0,
+    driver: Place {
+        what: "libcuda",
+        candidates: driver,
+        beside: &[],
+        how_to_get_it: "install the NVIDIA driver (525 or newer) on a machine with an NVIDIA GPU, or name the library in \
+                        LONGSPAN_LIBCUDA",
+    },
+    compiler: Place {
+        what: "libnvrtc",
+        candidates: compiler,
+        beside: &["libnvrtc-builtins.so"],
+        how_to_get_it: "pip install nvidia-cuda-nvrtc, or install a CUDA toolkit and set CUDA_HOME, or name the library in \
+                        LONGSPAN_LIBNVRTC",
+    },
+    nccl: Place {
+        what: "libnccl",
+        candidates: nccl,
+        beside: &[],
+        how_to_get_it: "pip install nvidia-nccl-cu13, or install libnccl2, or name the library in LONGSPAN_LIBNCCL",
+    },
+    codes: CODES,
+    arch,
+    flags: &["-std=c++17"],
+    oldest: (12_000, "driver 525 (CUDA 12.0)"),
+};
+
+/// Numbers of `cuda.h`.
+const CODES: Codes = Codes {
+    out_of_memory: 2,
+    not_ready: 600,
+    peer_enabled: 704,
+    // Double-bit ECC, invalid PTX state and NVLink faults, then everything that corrupts a context: illegal address,
+    // launch timeout, assert, hardware stack error, illegal instruction, misaligned address, invalid address space,
+    // invalid program counter, launch failed; and the system and device being lost.
+    sticky: &[46, 214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 802, 999],
+    unified: 4,
+    pointer_ordinal: 9,
+    function_shared: 8,
+    capability: [75, 76],
+    units: 16,
+    block_bytes: 97,
+    unit_bytes: 81,
+    cache_bytes: 38,
+    pools: 115,
+    pool_internal_dependencies: 3,
+    pool_threshold: 4,
+    pool_figures: [5, 7],
+};
+
+/// `sm_90a`: from 9.0 on with what only this architecture has.
+fn arch(major: u32, minor: u32) -> String {
+    format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
+}
+
+fn driver() -> Vec<OsString> {
+    let mut list = named("LONGSPAN_LIBCUDA");
+    list.extend(["libcuda.so.1", "libcuda.so", "/usr/local/nvidia/lib64/libcuda.so.1"].map(OsString::from));
+    list
+}
+
+fn compiler() -> Vec<OsString> {
+    let mut list = named("LONGSPAN_LIBNVRTC");
+    let versions = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
+    list.extend(versions.map(OsString::from));
+    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os).map(PathBuf::from);
+    for home in homes.chain([PathBuf::from("/usr/local/cuda")]) {
+        for folder in ["lib64", "lib", "targets/x86_64-linux/lib"] {
+            list.extend(versions.map(|name| home.join(folder).join(name).into_os_string()));
+        }
+    }
+    list.extend(in_site_packages("nvidia", "libnvrtc.so"));
+    list
+}
+
+fn nccl() -> Vec<OsString> {
+    let mut list = named("LONGSPAN_LIBNCCL");
+    list.extend(["libnccl.so.2", "libnccl.so"].map(OsString::from));
+    list.extend(in_site_packages("nvidia", "libnccl.so"));
+    list
+}
+
+fn named(variable: &str) -> Vec<OsString> {
+    std::env::var_os(variable).filter(|v| !v.is_empty()).into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,78 @@
+//! What can be tested without a GPU.
+
+use longspan_gpu::{Driver, Vendor};
+use longspan_hal::{Backend, Error};
+
+use super::*;
+
+/// Whether this machine has a working GPU; then the tests of its absence have nothing to test, and conformance runs.
+fn has_gpu() -> bool {
+    Cuda::devices().is_ok()
+}
+
+#[test]
+fn without_a_driver_every_way_in_says_how_to_get_it() {
+    if has_gpu() {
+        return;
+    }
+    let info = longspan_hal::DeviceInfo::new(0, "x", 0);
+    let errors = [Cuda::devices().map(drop), Cuda::open(&info).map(drop), Cuda::group_id().map(drop)];
+    for error in errors.map(|r| r.expect_err("there is no GPU")) {
+        let text = error.to_string();
+        assert!(matches!(error, Error::Unavailable { .. }), "{text}");
+        assert!(text.contains("libcuda") && text.contains("NVIDIA driver"), "{text}");
+    }
+}
+
+#[test]
+fn a_library_that_is_not_a_driver_is_unavailable_and_names_the_symbol() {
+    use longspan_gpu::dylib::{Library, Search};
+    let search =
+        Search { what: "libcuda", candidates: vec!["libc.so.6".into()], beside: &[], how_to_get_it: "a driver" };
+    let library = Library::open(&search).expect("libc is part of the system");
+    let text = Driver::load(library, 0).expect_err("libc is no driver").to_string();
+    assert!(text.contains("cuInit") && text.contains("libc.so.6"), "{text}");
+}
+
+#[test]
+fn architectures_are_named_as_the_compiler_names_them() {
+    let names = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)].map(|(major, minor)| arch(major, minor));
+    assert_eq!(names, ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_121a"]);
+}
+
+#[test]
+fn libraries_are_looked_for_in_known_places() {
+    assert!(driver().contains(&OsString::from("libcuda.so.1")));
+    assert!(compiler().contains(&OsString::from("libnvrtc.so.13")));
+    assert!(nccl().contains(&OsString::from("libnccl.so.2")));
+    assert_eq!(Nvidia::machine().facts().name, Cuda::NAME);
+}
+
+/// Where NVRTC is installed (it needs no GPU): the driver-independent half of the JIT.
+#[test]
+fn the_compiler_makes_machine_code_and_says_what_is_wrong() {
+    let Ok(compiler) = Nvidia::machine().compiler() else { return };
+    let flags = [arch(9, 0), arch(8, 0)].map(|arch| [format!("--gpu-architecture={arch}"), "-std=c++17".to_owned()]);
+    for options in &flags {
+        let code = compiler.compile("extern \"C\" __global__ void f(int *p) { *p = 1; }", "f.cu", options);
+        assert!(code.expect("it is right").starts_with(b"\x7fELF"));
+    }
+    let error = compiler.compile("extern \"C\" __global__ void f() { nothing(); }", "f.cu", &flags[0]);
+    let text = error.expect_err("`nothing` is not declared").to_string();
+    assert!(text.contains("nvrtcCompileProgram") && text.contains("nothing") && text.contains("f.cu"), "{text}");
+    assert!(compiler.compile("a\0b", "f.cu", &[]).is_err());
+}
+
+#[test]
+fn the_copy_kernels_compile() {
+    let Ok(compiler) = Nvidia::machine().compiler() else { return };
+    use longspan_hal::DType;
+    use longspan_kernels::Specialization;
+    let copies = [2, 4, 8, 16].map(Specialization::copy);
+    let fills = [DType::Bf16, DType::F16, DType::F32].map(Specialization::fill);
+    for kernel in copies.iter().chain(&fills) {
+        let mut options = vec![format!("--gpu-architecture={}", arch(9, 0)), "-std=c++17".to_owned()];
+        options.extend(kernel.defines.iter().map(|d| format!("-D{d}")));
+        compiler.compile(&kernel.source.text(), kernel.source.file, &options).expect("it compiles");
+    }
+}

@@ -1,0 +1,302 @@
+//! Attention: arguments become kernel parameters.
+//!
+//! ```text
+//! forward:   one launch over query tiles
+//! backward:  with atomics:    dq = 0 (unless it is added to); one launch over key tiles writes dk, dv and adds dq
+//!                             (in f32 scratch where dq is narrower, rounded to it afterwards)
+//!            otherwise:       one launch over key tiles for dk, dv, one over query tiles for dq
+//! ```
+
+use longspan_hal::{
+    Accumulate, Attention, Backward, DType, Error, Extras, Forward, Gradient, Prepare, Result, Seed, Slices, Spec,
+    Stage, Store, Strided, View, ViewMut,
+};
+use longspan_kernels::Specialization;
+use longspan_kernels::params::{
+    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, PrepareParams, Problem, Tensor, width,
+};
+use longspan_kernels::tiling::MAX_ROWS;
+
+use crate::copy;
+use crate::device::GpuDevice;
+use crate::driver::Address;
+use crate::launch::Grid;
+use crate::plan::{GpuPlan, Kernels, Tiles};
+use crate::stream::GpuStream;
+
+/// The attention kernels of one device.
+#[derive(Clone, Debug)]
+pub struct GpuAttention {
+    device: GpuDevice,
+}
+
+/// Rows of one block of `prepare_delta`: eight lanes a row.
+const PREPARE_LANES: usize = 8;
+
+impl GpuAttention {
+    /// The kernels of `device`.
+    pub(crate) fn new(device: &GpuDevice) -> Self {
+        Self { device: device.clone() }
+    }
+
+    fn kernels(&self, spec: &Spec, views: &[&Strided]) -> Result<Kernels> {
+        // `View::of` takes a last extent of 1 for row statistics; a head of one element is none.
+        let whole = spec.head_dim.is_multiple_of(8) && spec.head_dim_v.is_multiple_of(8);
+        let aligned = whole && longspan_kernels::View::of(views.iter().copied()).aligned;
+        Kernels::of(self.device.context(), spec, longspan_kernels::View { aligned })
+    }
+
+    fn add(&self, on: &GpuStream, into: (Address, &Strided), terms: &[Tensor]) -> Result<()> {
+        let (address, at) = into;
+        let kernel = self.device.context().kernel(&Specialization::accumulate(at.dtype()))?;
+        let extent = extent(at)?;
+        let tensor = tensor(address, at);
+        let mut list = [Tensor::default(); MAX_TERMS];
+        list[..terms.len()].copy_from_slice(terms);
+        let width = width(terms.iter().chain([&tensor]), extent);
+        let params = AccumulateParams { into: tensor, terms: list, extent, count: terms.len() as u32, width };
+        let threads = kernel.threads as usize * width as usize;
+        let most = 16 * self.device.context().figures.units.max(1) as usize;
+        kernel.launch(on, 0, Grid { x: at.elements().div_ceil(threads).min(most), y: 1 }, &params)
+    }
+
+    /// Where dq is added by atomics: the memory, zeroed unless it is added to.
+    fn atomic_dq(&self, on: &GpuStream, spec: &Spec, args: &Backward<'_, GpuDevice>) -> Result<(Address, Strided)> {
+        let dq = &args.dq;
+        if dq.into.dtype() == DType::F32 {
+            let address = address_mut(on, &dq.into)?;
+            if dq.store == Store::Write {
+                copy::fill(on, 0.0, address, dq.into.at())?;
+            }
+            return Ok((address, *dq.into.at()));
+        }
+        let at = dq_scratch(spec);
+        let scratch = args.scratch.filter(|s| s.bytes() >= at.bytes());
+        let scratch = scratch
+            .ok_or_else(|| Error::invalid("scratch", format!("the backward needs {} bytes of it", at.bytes())))?;
+        scratch.used_on(on)?;
+        copy::fill(on, 0.0, scratch.address(), &at)?;
+        Ok((scratch.address(), at))
+    }
+}
+
+/// f32 sums of dq.
+fn dq_scratch(spec: &Spec) -> Strided {
+    Strided::dense(DType::F32, [spec.batch, spec.q_rows, spec.heads, spec.head_dim])
+}
+
+impl Attention<GpuDevice> for GpuAttention {
+    type Plan = GpuPlan;
+
+    fn supports(&self, spec: &Spec) -> Result<()> {
+        for (what, rows) in [("query", spec.q_rows), ("key", spec.k_rows)] {
+            if rows >= MAX_ROWS {
+                return Err(Error::Unsupported {
+                    backend: self.device.context().machine.facts().name,
+                    what: format!("{rows} {what} rows on one device"),
+                    instead: format!("fewer than {MAX_ROWS} are"),
+                });
+            }
+        }
+        self.kernels(spec, &[]).map(drop)
+    }
+
+    fn plan(&self, on: &GpuStream, spec: &Spec, slices: &Slices) -> Result<GpuPlan> {
+        self.supports(spec)?;
+        let _bound = self.device.context().bind()?;
+        GpuPlan::new(&self.device, on, spec, slices)
+    }
+
+    fn scratch_bytes(&self, plan: &GpuPlan) -> usize {
+        let narrow = Specialization::atomics(&plan.spec) && !plan.spec.accumulate;
+        if narrow { dq_scratch(&plan.spec).bytes().next_multiple_of(256) } else { 0 }
+    }
+
+    fn forward(&self, on: &GpuStream, plan: &GpuPlan, args: &Forward<'_, GpuDevice>) -> Result<()> {
+        let _bound = self.device.context().bind()?;
+        plan.read_on(on)?;
+        let spec = &plan.spec;
+        let mut views = vec![args.q.at(), args.k.at(), args.v.at()];
+        let mut params = ForwardParams {
+            problem: problem(on, spec, &plan.forward, &args.extras)?,
+            q: read(on, &args.q)?,
+            k: read(on, &args.k)?,
+            v: read(on, &args.v)?,
+            sinks: args.extras.sinks.as_ref().map_or(Ok(Tensor::default()), |s| read(on, s))?,
+            ..ForwardParams::default()
+        };
+        let (partial, results) = match &args.stage {
+            Stage::All { out, lse } => (None, Some((out, lse))),
+            Stage::Start(partial) => (Some((partial, ForwardParams::STORE)), None),
+            Stage::Continue(partial) => (Some((partial, ForwardParams::LOAD | ForwardParams::STORE)), None),
+            Stage::Finish { partial, out, lse } => (Some((partial, ForwardParams::LOAD)), Some((out, lse))),
+        };
+        if let Some((partial, stage)) = partial {
+            params.stage = stage;
+            params.acc = write(on, &partial.acc)?;
+            params.m = write(on, &partial.m)?;
+            params.l = write(on, &partial.l)?;
+            views.push(partial.acc.at());
+        }
+        if let Some((out, lse)) = results {
+            params.out = write(on, out)?;
+            params.lse = write(on, lse)?;
+            views.push(out.at());
+        }
+        let kernel = self.device.context().kernel(&self.kernels(spec, &views)?.forward)?;
+        kernel.launch(on, 0, Grid { x: plan.forward.count as usize * spec.heads, y: 1 }, &params)
+    }
+
+    fn backward_prepare(&self, on: &GpuStream, spec: &Spec, args: &Prepare<'_, GpuDevice>) -> Result<()> {
+        let _bound = self.device.context().bind()?;
+        let kernel = self.device.context().kernel(&Specialization::prepare(spec.dtype))?;
+        let mut params = PrepareParams {
+            out: read(on, &args.out)?,
+            dout: read(on, &args.dout)?,
+            lse: read(on, &args.lse)?,
+            dlse: args.dlse.as_ref().map_or(Ok(Tensor::default()), |d| read(on, d))?,
+            delta: write(on, &args.delta)?,
+            batch: narrow("batch", spec.batch)?,
+            rows: narrow("q_rows", spec.q_rows)?,
+            heads: narrow("heads", spec.heads)?,
+            head_dim_v: narrow("head_dim_v", spec.head_dim_v)?,
+            head_first: narrow("head_first", spec.head_first)?,
+            ..PrepareParams::default()
+        };
+        if let Some((logits, dsinks)) = &args.sinks {
+            params.sinks = read(on, logits)?;
+            params.dsinks = write(on, dsinks)?;
+        }
+        let rows = spec.batch * spec.q_rows * spec.heads;
+        let blocks = rows.div_ceil(kernel.threads as usize / PREPARE_LANES);
+        kernel.launch(on, 0, Grid { x: blocks, y: 1 }, &params)?;
+        if args.sinks.is_some() {
+            kernel.launch(on, 1, Grid { x: spec.heads, y: 1 }, &params)?;
+        }
+        Ok(())
+    }
+
+    fn backward(&self, on: &GpuStream, plan: &GpuPlan, args: &Backward<'_, GpuDevice>) -> Result<()> {
+        let context = self.device.context();
+        let _bound = context.bind()?;
+        plan.read_on(on)?;
+        let spec = &plan.spec;
+        let flag = |g: &Gradient<'_, GpuDevice>, flag| if g.store == Store::Add { flag } else { 0 };
+        let mut params = BackwardParams {
+            problem: problem(on, spec, &plan.backward, &args.extras)?,
+            q: read(on, &args.q)?,
+            k: read(on, &args.k)?,
+            v: read(on, &args.v)?,
+            dout: read(on, &args.dout)?,
+            lse: read(on, &args.lse)?,
+            delta: read(on, &args.delta)?,
+            dk: write(on, &args.dk.into)?,
+            dv: write(on, &args.dv.into)?,
+            add: flag(&args.dk, BackwardParams::ADD_DK) | flag(&args.dv, BackwardParams::ADD_DV),
+            ..BackwardParams::default()
+        };
+        let blocks = |tiles: &Tiles, heads: usize| Grid { x: tiles.count as usize * heads, y: 1 };
+        let inputs = [args.q.at(), args.k.at(), args.v.at(), args.dout.at(), args.dk.into.at(), args.dv.into.at()];
+        let with = |dq| self.kernels(spec, &[&inputs[..], &[dq]].concat());
+        if let Some(tiles) = &plan.dq {
+            let kernels = with(args.dq.into.at())?;
+            context.kernel(&kernels.backward)?.launch(on, 0, blocks(&plan.backward, spec.kv_heads), &params)?;
+            let Some(of_dq) = kernels.dq else { return Ok(()) };
+            params.problem = problem(on, spec, tiles, &args.extras)?;
+            params.dq = write(on, &args.dq.into)?;
+            params.add = flag(&args.dq, BackwardParams::ADD_DQ);
+            let entry = of_dq.entries.iter().position(|e| *e == "attention_backward_dq").unwrap_or(0);
+            return context.kernel(&of_dq)?.launch(on, entry, blocks(tiles, spec.heads), &params);
+        }
+        let (address, at) = self.atomic_dq(on, spec, args)?;
+        params.dq = tensor(address, &at);
+        context.kernel(&with(&at)?.backward)?.launch(on, 0, blocks(&plan.backward, spec.kv_heads), &params)?;
+        if args.dq.into.dtype() != DType::F32 {
+            let into = (address_mut(on, &args.dq.into)?, args.dq.into.at());
+            self.add(on, into, &[params.dq])?;
+        }
+        Ok(())
+    }
+
+    fn accumulate(&self, on: &GpuStream, args: &Accumulate<'_, GpuDevice>) -> Result<()> {
+        let _bound = self.device.context().bind()?;
+        let into = (address_mut(on, &args.into)?, args.into.at());
+        let terms = args.terms.iter().map(|t| read(on, t)).collect::<Result<Vec<_>>>()?;
+        let first = terms.len().min(MAX_TERMS);
+        let rest = &terms[first..];
+        let sum = tensor(into.0, into.1);
+        // More terms than one launch takes go through the f32 sum itself, in the same order.
+        if !rest.is_empty() && (args.into.dtype() != DType::F32 || rest.iter().any(|t| t.ptr == sum.ptr)) {
+            return Err(Error::Unsupported {
+                backend: self.device.context().machine.facts().name,
+                what: format!("a sum of {} terms in {} or in place of a late term", terms.len(), args.into.dtype()),
+                instead: format!("up to {MAX_TERMS} terms are, and more into f32 memory of its own"),
+            });
+        }
+        self.add(on, into, &terms[..first])?;
+        rest.chunks(MAX_TERMS - 1).try_for_each(|more| self.add(on, into, &[&[sum], more].concat()))
+    }
+}
+
+/// The problem as kernels take it; notes that the stream reads the options' inputs.
+fn problem(on: &GpuStream, spec: &Spec, tiles: &Tiles, extras: &Extras<'_, GpuDevice>) -> Result<Problem> {
+    let (seed_ptr, seed) = match extras.seed {
+        Some(Seed::Device(buffer)) => {
+            buffer.used_on(on)?;
+            (buffer.address(), 0)
+        }
+        Some(Seed::Host(seed)) => (0, seed),
+        None => (0, 0),
+    };
+    Ok(Problem {
+        tiles: tiles.tiles,
+        pieces: tiles.pieces,
+        slopes: extras.alibi_slopes.as_ref().map_or(Ok(Tensor::default()), |s| read(on, s))?,
+        seed_ptr,
+        seed,
+        tile_count: tiles.count,
+        heads: narrow("heads", spec.heads)?,
+        kv_heads: narrow("kv_heads", spec.kv_heads)?,
+        section: tiles.section,
+        head_first: narrow("head_first", spec.head_first)?,
+        group: narrow("group", spec.group)?,
+        kv_first: narrow("kv_first", spec.kv_first)?,
+        batch_first: narrow("batch_first", spec.batch_first)?,
+        head_dim: narrow("head_dim", spec.head_dim)?,
+        head_dim_v: narrow("head_dim_v", spec.head_dim_v)?,
+        scale: spec.scale,
+        softcap: spec.softcap.unwrap_or(1.0),
+        keep_scale: 1.0 / (1.0 - spec.dropout.unwrap_or(0.0)),
+        drop_below: spec.dropout_threshold(),
+    })
+}
+
+/// A view as kernels take it; notes that the stream reads it.
+fn read(on: &GpuStream, view: &View<'_, GpuDevice>) -> Result<Tensor> {
+    view.buffer().used_on(on)?;
+    Ok(tensor(view.buffer().address_of(view.at()), view.at()))
+}
+
+/// A view as kernels take it; notes that the stream writes it.
+fn write(on: &GpuStream, view: &ViewMut<'_, GpuDevice>) -> Result<Tensor> {
+    Ok(tensor(address_mut(on, view)?, view.at()))
+}
+
+fn address_mut(on: &GpuStream, view: &ViewMut<'_, GpuDevice>) -> Result<Address> {
+    view.buffer().used_on(on)?;
+    Ok(view.buffer().address_of(view.at()))
+}
+
+fn tensor(ptr: Address, at: &Strided) -> Tensor {
+    let [batch, row, head, _] = at.strides().map(|s| s as i64);
+    Tensor { ptr, batch, row, head }
+}
+
+fn extent(at: &Strided) -> Result<[u32; 4]> {
+    let [b, s, h, d] = at.extent();
+    Ok([narrow("batch", b)?, narrow("rows", s)?, narrow("heads", h)?, narrow("dim", d)?])
+}
+
+fn narrow(what: &'static str, n: usize) -> Result<u32> {
+    u32::try_from(n).map_err(|_| Error::invalid(what, format!("{n} is too many for a GPU")))
+}

@@ -1,0 +1,42 @@
+//! A vendor of GPUs as a [`Backend`].
+
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use longspan_hal::{Backend, DeviceInfo, GroupId, Result};
+
+use crate::group::new_id;
+use crate::{GpuAttention, GpuCollective, GpuDevice, Vendor};
+
+/// The GPUs of a vendor.
+#[derive(Debug)]
+pub struct GpuBackend<V: Vendor>(PhantomData<V>);
+
+impl<V: Vendor> Backend for GpuBackend<V> {
+    const NAME: &'static str = V::NAME;
+
+    type Device = GpuDevice;
+    type Collective = GpuCollective;
+    type Attention = GpuAttention;
+
+    fn devices() -> Result<Vec<DeviceInfo>> {
+        V::machine().devices()
+    }
+
+    fn open(info: &DeviceInfo) -> Result<GpuDevice> {
+        Ok(GpuDevice::new(V::machine().context(info.index)?))
+    }
+
+    fn group_id() -> Result<GroupId> {
+        V::machine().driver()?;
+        Ok(new_id(V::NAME))
+    }
+
+    fn join(device: &GpuDevice, id: &GroupId, rank: u32, size: u32, limit: Duration) -> Result<GpuCollective> {
+        GpuCollective::join(device, id, rank, size, limit)
+    }
+
+    fn attention(device: &GpuDevice) -> Result<GpuAttention> {
+        Ok(GpuAttention::new(device))
+    }
+}

@@ -1,0 +1,95 @@
+//! Kernels on demand: text to machine code for the device at hand, once per process and, with the cache, once per machine.
+//!
+//! ```text
+//! kernel(s):  loaded already                                  -> it
+//!             machine code in the cache on disk               -> load it
+//!             otherwise compile, put it in the cache, load it
+//! ```
+//!
+//! Threads that want the same kernel wait for the one that makes it; others are not held up.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use longspan_hal::{Error, Result};
+use longspan_kernels::Specialization;
+
+use crate::cache::{Cache, Key};
+use crate::context::Context;
+use crate::driver::Handle;
+use crate::launch::Kernel;
+use crate::sync::lock;
+
+/// The kernels of one device.
+#[derive(Debug, Default)]
+pub(crate) struct Jit(Mutex<HashMap<u128, Slot>>);
+
+type Slot = Arc<Mutex<Option<Arc<Kernel>>>>;
+
+impl Context {
+    /// The kernel of a specialization, compiled and loaded by the first call. The context is bound.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] without a compiler, [`Error::Driver`].
+    pub(crate) fn kernel(&'static self, of: &Specialization) -> Result<Arc<Kernel>> {
+        let slot = Arc::clone(lock(&self.jit.0).entry(of.key()).or_default());
+        let mut slot = lock(&slot);
+        if let Some(kernel) = &*slot {
+            return Ok(Arc::clone(kernel));
+        }
+        let code = self.code(of)?;
+        let kernel = Arc::new(self.load(of, &code)?);
+        *slot = Some(Arc::clone(&kernel));
+        Ok(kernel)
+    }
+
+    /// Machine code, from the cache if it is there.
+    fn code(&self, of: &Specialization) -> Result<Vec<u8>> {
+        let (facts, arch) = (self.machine.facts(), &self.figures.arch);
+        let compiler = self.machine.compiler()?;
+        let mut options = vec![format!("--gpu-architecture={arch}")];
+        options.extend(facts.flags.iter().map(|flag| (*flag).to_owned()));
+        options.extend(of.defines.iter().map(|define| format!("-D{define}")));
+        let source = of.source.text();
+        let version = compiler.version();
+        let key = Key::of([source.as_str(), &options.join(" "), &version, arch]);
+        let cache = Cache::open(facts.name);
+        if let Some(code) = cache.get(key) {
+            return Ok(code);
+        }
+        let start = Instant::now();
+        let code = compiler.compile(&source, of.source.file, &options)?;
+        say(&format!("compiled {} for {arch} in {:.1} s", of.name(), start.elapsed().as_secs_f64()));
+        cache.put(key, &code);
+        Ok(code)
+    }
+
+    fn load(&self, of: &Specialization, code: &[u8]) -> Result<Kernel> {
+        let mut module: Handle = 0;
+        // SAFETY: `module` is written; `code` is an image that the vendor's compiler made.
+        self.check(unsafe { self.driver.module_load(&mut module, code.as_ptr().cast()) })?;
+        let mut functions = Vec::with_capacity(of.entries.len());
+        for entry in of.entries {
+            let name = CString::new(*entry).map_err(|_| Error::invalid("kernel", "its name holds a zero byte"))?;
+            let mut function: Handle = 0;
+            // SAFETY: `function` is written; the module is never unloaded.
+            self.check(unsafe { self.driver.module_function(&mut function, module, name.as_ptr()) })?;
+            if of.shared_bytes > 0 {
+                let attribute = self.machine.facts().codes.function_shared;
+                // SAFETY: no pointers.
+                self.check(unsafe { self.driver.function_set(function, attribute, of.shared_bytes as i32) })?;
+            }
+            functions.push(function);
+        }
+        Ok(Kernel { functions, threads: of.threads, shared_bytes: of.shared_bytes })
+    }
+}
+
+/// A line to the user, unless `LONGSPAN_QUIET` is set.
+pub(crate) fn say(line: &str) {
+    if std::env::var_os("LONGSPAN_QUIET").is_none() {
+        eprintln!("longspan: {line}");
+    }
+}

@@ -1,0 +1,61 @@
+//! What GPU vendors share: memory, streams, events, kernels on demand, attention and exchanges, written once over a driver
+//! whose functions have the shape of CUDA's (and HIP's) driver interface.
+//!
+//! A vendor is a [`Vendor`]: one [`Machine`] of [`Facts`], which are data. Nothing is linked: libraries are found when the
+//! program runs.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `machine.rs`, `driver.rs` | a vendor's facts and loaded libraries; the driver's functions |
+//! | `context.rs` | one device in this process: memory pool, errors that poison it |
+//! | `device.rs` | one rank's handle: allocation, copies, fills |
+//! | `memory.rs`, `grave.rs`, `staging.rs` | buffers; what is freed once queued work ran; pinned host memory |
+//! | `stream.rs`, `event.rs` | queues, points in them |
+//! | `copy.rs` | strided copies by copy engines or a kernel |
+//! | `compiler.rs`, `jit.rs`, `cache.rs`, `launch.rs` | kernels: compiled on demand, kept on disk, launched |
+//! | `attention.rs`, `plan.rs` | attention kernels; work lists |
+//! | `collective.rs`, `exchange.rs` | communicator; prepared exchanges |
+//! | `peer.rs`, `nccl.rs` | how messages travel |
+//! | `group.rs`, `matching.rs`, `board.rs` | what ranks share: common calls, letters, the progress board |
+
+pub use longspan_dylib as dylib;
+
+mod attention;
+mod backend;
+mod board;
+mod cache;
+mod collective;
+mod compiler;
+mod context;
+mod copy;
+mod device;
+mod driver;
+mod event;
+mod exchange;
+mod grave;
+mod group;
+mod jit;
+mod launch;
+mod machine;
+mod matching;
+mod memory;
+mod nccl;
+mod peer;
+mod plan;
+mod staging;
+mod stream;
+mod sync;
+
+pub use attention::GpuAttention;
+pub use backend::GpuBackend;
+pub use cache::{Cache, Figures as CacheFigures, Key};
+pub use collective::GpuCollective;
+pub use compiler::{Compiler, in_site_packages};
+pub use device::GpuDevice;
+pub use driver::{Address, Copy2d, Driver, Handle, PoolProperties, Side2d};
+pub use event::Event;
+pub use exchange::GpuExchange;
+pub use machine::{Codes, Facts, Machine, Place, Vendor};
+pub use memory::Buffer;
+pub use plan::GpuPlan;
+pub use stream::GpuStream;

@@ -1,0 +1,261 @@
+//! What one vendor brings: names, numbers and flags as data, and the libraries once they are loaded.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Debug;
+use std::sync::{Mutex, OnceLock};
+
+use longspan_dylib::{Library, Search};
+use longspan_hal::{DeviceInfo, Error, Result};
+
+use crate::compiler::Compiler;
+use crate::context::Context;
+use crate::driver::Driver;
+use crate::group::Groups;
+use crate::nccl::Nccl;
+use crate::sync::lock;
+
+/// A vendor of GPUs whose driver has the shape of [`Driver`].
+pub trait Vendor: Debug + Send + Sync + 'static {
+    /// The name that `--backend` takes.
+    const NAME: &'static str;
+
+    /// Its one machine.
+    fn machine() -> &'static Machine;
+}
+
+/// A vendor's facts, and what of it is loaded in this process.
+#[derive(Debug)]
+pub struct Machine {
+    facts: Facts,
+    driver: OnceLock<Result<Driver>>,
+    compiler: OnceLock<Result<Compiler>>,
+    nccl: OnceLock<Result<Nccl>>,
+    contexts: Mutex<BTreeMap<u32, &'static Context>>,
+    pub(crate) groups: Groups,
+}
+
+/// What a vendor's machine is, as data.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts {
+    /// Name of the backend, as errors carry it.
+    pub name: &'static str,
+    /// Column of symbols in the tables.
+    pub flavor: usize,
+    /// The driver's library.
+    pub driver: Place,
+    /// The run-time compiler's library.
+    pub compiler: Place,
+    /// The library of collective operations.
+    pub nccl: Place,
+    /// Numbers of the driver's interface.
+    pub codes: Codes,
+    /// What the compiler and the kernels call an architecture of this compute capability.
+    pub arch: fn(major: u32, minor: u32) -> String,
+    /// Flags of the compiler, beside the architecture and macros.
+    pub flags: &'static [&'static str],
+    /// The driver's oldest version that works, and what that is to people.
+    pub oldest: (i32, &'static str),
+}
+
+/// Where a library is looked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Its name in messages.
+    pub what: &'static str,
+    /// Paths and names, in order.
+    pub candidates: fn() -> Vec<OsString>,
+    /// What lies beside it and must be loaded first: starts of file names.
+    pub beside: &'static [&'static str],
+    /// What the user can do if it is missing.
+    pub how_to_get_it: &'static str,
+}
+
+impl Place {
+    fn open(&self) -> Result<Library> {
+        let Self { what, candidates, beside, how_to_get_it } = *self;
+        Library::open(&Search { what, candidates: candidates(), beside, how_to_get_it })
+    }
+}
+
+/// Numbers of the driver's interface.
+#[derive(Clone, Copy, Debug)]
+pub struct Codes {
+    /// Error: not enough memory.
+    pub out_of_memory: i32,
+    /// Answer: not yet.
+    pub not_ready: i32,
+    /// Error: peer access is enabled already.
+    pub peer_enabled: i32,
+    /// Errors after which a context is of no use.
+    pub sticky: &'static [i32],
+    /// Memory kind: the address says where it is.
+    pub unified: u32,
+    /// Pointer attribute: ordinal of the device.
+    pub pointer_ordinal: i32,
+    /// Function attribute: dynamic shared memory.
+    pub function_shared: i32,
+    /// Device attribute: compute capability, major and minor.
+    pub capability: [i32; 2],
+    /// Device attribute: number of multiprocessors.
+    pub units: i32,
+    /// Device attribute: shared memory of a block, at most.
+    pub block_bytes: i32,
+    /// Device attribute: shared memory of a multiprocessor.
+    pub unit_bytes: i32,
+    /// Device attribute: bytes of the last cache.
+    pub cache_bytes: i32,
+    /// Device attribute: whether pools are supported.
+    pub pools: i32,
+    /// Pool attribute: whether memory may be reused by making streams wait for each other.
+    pub pool_internal_dependencies: i32,
+    /// Pool attribute: bytes that are kept when they are not in use.
+    pub pool_threshold: i32,
+    /// Pool attributes: bytes reserved and bytes in use.
+    pub pool_figures: [i32; 2],
+}
+
+impl Machine {
+    /// A machine of which nothing is loaded yet.
+    pub const fn new(facts: Facts) -> Self {
+        Self {
+            facts,
+            driver: OnceLock::new(),
+            compiler: OnceLock::new(),
+            nccl: OnceLock::new(),
+            contexts: Mutex::new(BTreeMap::new()),
+            groups: Groups::new(),
+        }
+    }
+
+    /// The vendor's facts.
+    pub const fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// The driver, loaded and started by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] without the library or a device, or if the driver is too old.
+    pub fn driver(&'static self) -> Result<&'static Driver> {
+        let load = || {
+            let driver = Driver::load(self.facts.driver.open()?, self.facts.flavor)?;
+            self.start(&driver)?;
+            Ok(driver)
+        };
+        self.driver.get_or_init(load).as_ref().map_err(Clone::clone)
+    }
+
+    fn start(&self, driver: &Driver) -> Result<()> {
+        // SAFETY: no pointers.
+        let started = unsafe { driver.init(0) };
+        let mut version = 0;
+        // SAFETY: `version` is written.
+        let asked = unsafe { driver.version(&mut version) };
+        let Place { what, how_to_get_it, .. } = self.facts.driver;
+        let unavailable =
+            |why: String| Error::Unavailable { library: what.to_owned(), why, how_to_get_it: how_to_get_it.to_owned() };
+        if asked.value == 0 && version < self.facts.oldest.0 {
+            return Err(unavailable(format!("it is too old; {} is the oldest that works", self.facts.oldest.1)));
+        }
+        if started.value != 0 {
+            let text = text_of(driver, started.value);
+            return Err(unavailable(format!("{} failed with code {}: {text}", started.call, started.value)));
+        }
+        Ok(())
+    }
+
+    /// The run-time compiler, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub fn compiler(&self) -> Result<&Compiler> {
+        let load = || Compiler::load(self.facts.name, self.facts.compiler.open()?, self.facts.flavor);
+        self.compiler.get_or_init(load).as_ref().map_err(Clone::clone)
+    }
+
+    /// The library of collective operations, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub(crate) fn nccl(&'static self) -> Result<&'static Nccl> {
+        let load = || Nccl::load(self.facts.nccl.open()?, self.facts.flavor);
+        self.nccl.get_or_init(load).as_ref().map_err(Clone::clone)
+    }
+
+    /// The context of device `ordinal`. It lives as long as the process: its kernels stay loaded.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Invalid`] for a device that is not there, [`Error::Driver`].
+    pub(crate) fn context(&'static self, ordinal: u32) -> Result<&'static Context> {
+        let driver = self.driver()?;
+        let mut contexts = lock(&self.contexts);
+        if let Some(context) = contexts.get(&ordinal) {
+            return Ok(context);
+        }
+        let context: &'static Context = Box::leak(Box::new(Context::new(self, driver, ordinal)?));
+        contexts.insert(ordinal, context);
+        Ok(context)
+    }
+
+    /// The devices of this machine.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Driver`].
+    pub fn devices(&'static self) -> Result<Vec<DeviceInfo>> {
+        let driver = self.driver()?;
+        let mut count = 0;
+        // SAFETY: `count` is written.
+        self.check(driver, unsafe { driver.device_count(&mut count) })?;
+        (0..u32::try_from(count).unwrap_or(0)).map(|ordinal| self.describe(driver, ordinal)).collect()
+    }
+
+    fn describe(&self, driver: &Driver, ordinal: u32) -> Result<DeviceInfo> {
+        let (mut device, mut bytes, mut name) = (0, 0, [0u8; 256]);
+        // SAFETY: `device` is written.
+        self.check(driver, unsafe { driver.device(&mut device, ordinal as i32) })?;
+        // SAFETY: `bytes` is written.
+        self.check(driver, unsafe { driver.device_memory(&mut bytes, device) })?;
+        // SAFETY: at most 255 bytes of `name` are written.
+        self.check(driver, unsafe { driver.device_name(name.as_mut_ptr().cast(), 255, device) })?;
+        let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+        Ok(DeviceInfo::new(ordinal, String::from_utf8_lossy(&name[..end]), bytes as u64))
+    }
+
+    /// An error for what a call of the driver returned, unless that is 0.
+    pub(crate) fn check(&self, driver: &Driver, returned: longspan_dylib::Returned<i32>) -> Result<()> {
+        if returned.value == 0 {
+            return Ok(());
+        }
+        Err(Error::Driver {
+            backend: self.facts.name,
+            call: returned.call,
+            code: i64::from(returned.value),
+            message: text_of(driver, returned.value),
+        })
+    }
+}
+
+/// The driver's own name and text of an error.
+fn text_of(driver: &Driver, code: i32) -> String {
+    let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
+    // SAFETY: both pointers are set to static strings, or left null for unknown codes.
+    unsafe {
+        let _ = driver.error_name(code, &mut name);
+        let _ = driver.error_text(code, &mut text);
+    }
+    // SAFETY: as above.
+    unsafe { format!("{} ({})", c_text(text), c_text(name)) }
+}
+
+/// A C string, or a placeholder for null.
+///
+/// # Safety
+/// `text` is null or a C string.
+pub(crate) unsafe fn c_text(text: *const std::ffi::c_char) -> String {
+    if text.is_null() {
+        return "unknown".to_owned();
+    }
+    // SAFETY: by the caller.
+    unsafe { std::ffi::CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}

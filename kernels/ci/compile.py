@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Compiles every kernel specialization with NVRTC, on any CPU, and fails on an error, a warning or a spill of more than 16 bytes.
+(16 bytes: two pointers parked once a block, outside of the products; see kernels/README.md.)
+
+    pip install nvidia-cuda-nvrtc==13.0.88          # in any environment; or name the library with --nvrtc
+    python3 kernels/ci/compile.py [--arch 80,89,90] [--filter TEXT] [--nvrtc PATH] [--jobs N]
+
+Needs cargo (it runs the example `emit`) and nothing else but libnvrtc. Prints registers, spills and shared memory of each kernel.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import ctypes
+import glob
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ARCHES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
+ALLOWED_SPILL = 16
+Kernel = collections.namedtuple("Kernel", "case kind key shared threads rows tiles section entries defines")
+
+
+def parse(line):
+    case, kind, key, shared, threads, rows, tiles, section, entries, *defines = line.split()
+    numbers = [int(x) for x in (shared, threads, rows, tiles, section)]
+    return Kernel(case, kind, key, *numbers, entries.split(","), defines)
+
+
+class Nvrtc:
+    """libnvrtc through ctypes."""
+
+    def __init__(self, path=None):
+        self.lib = self._load(path)
+
+    @staticmethod
+    def _load(path):
+        folders = [p for p in sys.path if p] + [os.path.join(sys.prefix, "lib", "python*", "site-packages")]
+        wheels = [f for p in folders for f in glob.glob(os.path.join(p, "nvidia", "*", "lib", "libnvrtc.so.1?"))]
+        tried = [path] if path else wheels + ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+        for name in tried:
+            for builtins in glob.glob(os.path.join(os.path.dirname(name), "libnvrtc-builtins.so.1?.?")):
+                ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)
+            try:
+                return ctypes.CDLL(name)
+            except OSError:
+                continue
+        raise SystemExit("libnvrtc not found; pip install nvidia-cuda-nvrtc==13.0.88, or --nvrtc PATH")
+
+    def _text(self, program, what):
+        size = ctypes.c_size_t()
+        getattr(self.lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(max(size.value, 1))
+        getattr(self.lib, f"nvrtcGet{what}")(program, text)
+        return text.raw[: size.value]
+
+    def compile(self, source, name, arch, defines):
+        """(cubin or None, log)"""
+        options = [f"--gpu-architecture={arch}", "-std=c++17", "--ptxas-options=-v"] + [f"-D{d}" for d in defines]
+        array = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
+        program = ctypes.c_void_p()
+        self.lib.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None)
+        status = self.lib.nvrtcCompileProgram(program, len(options), array)
+        log = self._text(program, "ProgramLog").rstrip(b"\0").decode()
+        cubin = self._text(program, "CUBIN") if status == 0 else None
+        self.lib.nvrtcDestroyProgram(ctypes.byref(program))
+        return cubin, log
+
+
+def check(job):
+    arch, kernel, folder, path = job
+    source = open(f"{folder}/{kernel.key}.cu", "rb").read()
+    cubin, log = Nvrtc(path).compile(source, kernel.key + ".cu", ARCHES[arch], kernel.defines)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    bad = cubin is None or spills > ALLOWED_SPILL or "warning" in log
+    return arch, kernel, registers, spills, bad, log if cubin is None or "warning" in log else ""
+
+
+def emit(arch, folder):
+    command = ["cargo", "run", "-q", "-p", "longspan-kernels", "--example", "emit", "--", folder, str(arch), "every"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {(k.key, tuple(k.defines)): k for k in map(parse, lines)}.values()
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--arch", default="80,89,90")
+    options.add_argument("--filter", default="")
+    options.add_argument("--nvrtc")
+    options.add_argument("--jobs", type=int, default=2)
+    args = options.parse_args()
+    failures, count = 0, 0
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+        jobs = [
+            (arch, kernel, folder, args.nvrtc)
+            for arch in map(int, args.arch.split(","))
+            for kernel in emit(arch, folder)
+            if args.filter in f"{kernel.kind} {' '.join(kernel.defines)}"
+        ]
+        for arch, kernel, registers, spills, bad, log in pool.map(check, jobs):
+            count, failures = count + 1, failures + bad
+            on = " ".join(d[:-2] if d.endswith("=1") else d for d in kernel.defines if not d.endswith("=0"))
+            print(f"{'BAD ' if bad else 'ok  '} {ARCHES[arch]} {kernel.kind} registers {registers} spills {spills} {on}")
+            if log:
+                print(log)
+    print(f"{count} specializations, {failures} bad")
+    return 1 if failures or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

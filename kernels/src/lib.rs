@@ -1,0 +1,20 @@
+//! Longspan's GPU kernels as text, and what a backend needs to compile and launch them. No GPU library is touched here.
+//!
+//! * [`Source`]: the CUDA C++ sources (`cu/`), one kernel a file. `cu/prelude_cuda.cuh` holds everything that only NVIDIA
+//!   has; another vendor brings a prelude with the same names.
+//! * [`Specialization`]: a source with its macros, launch shape and shared memory, chosen for a [`Spec`](longspan_hal::Spec)
+//!   and a [`Target`].
+//! * [`params`]: the structures that kernels take.
+//! * [`WorkList`]: slices cut into tiles, which kernels take their work from.
+//!
+//! A forward is one launch over [`WorkList::by_queries`]; a backward is one launch over [`WorkList::by_keys`], and in the
+//! deterministic mode a second one over query tiles.
+
+pub mod params;
+pub mod source;
+pub mod specialize;
+pub mod tiling;
+
+pub use source::Source;
+pub use specialize::{Specialization, Target, View};
+pub use tiling::WorkList;

@@ -1,0 +1,89 @@
+//! The kernel sources, compiled into the program.
+
+/// One kernel's source: what the vendor's prelude, the shared part and the kernel's own file hold, in this order.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Source {
+    /// File name, for compiler messages.
+    pub file: &'static str,
+    parts: [&'static str; 3],
+}
+
+macro_rules! sources {
+    ($($(#[$doc:meta])* $name:ident = $file:literal;)*) => {
+        impl Source {
+            $($(#[$doc])* pub const $name: Self = Self {
+                file: $file,
+                parts: [
+                    include_str!("../cu/prelude_cuda.cuh"),
+                    include_str!("../cu/common.cuh"),
+                    include_str!(concat!("../cu/", $file)),
+                ],
+            };)*
+            /// All sources.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+        }
+    };
+}
+
+sources! {
+    /// `accumulate`.
+    ACCUMULATE = "accumulate.cu";
+    /// `copy_strided`.
+    COPY = "copy_strided.cu";
+    /// `fill`.
+    FILL = "fill.cu";
+    /// `attention_backward` and `attention_backward_dq` for f32.
+    FMA_BACKWARD = "fma_attention_backward.cu";
+    /// `attention_forward` for f32.
+    FMA_FORWARD = "fma_attention_forward.cu";
+    /// `prepare_delta` and `prepare_dsinks`.
+    PREPARE = "attention_prepare.cu";
+    /// `attention_backward` for 16-bit elements.
+    SM80_BACKWARD = "sm80_attention_backward.cu";
+    /// `attention_backward_dq` for 16-bit elements, used in the deterministic mode.
+    SM80_BACKWARD_DQ = "sm80_attention_backward_dq.cu";
+    /// `attention_forward` for 16-bit elements.
+    SM80_FORWARD = "sm80_attention_forward.cu";
+}
+
+impl Source {
+    /// The whole text: no file needs to be included, no include path is needed.
+    pub fn text(&self) -> String {
+        self.parts.concat()
+    }
+
+    /// Content hash (FNV-1a, 128 bits), for cache keys.
+    pub fn hash(&self) -> u128 {
+        self.parts.iter().fold(FNV_OFFSET, |h, part| fnv1a(h, part.as_bytes()))
+    }
+}
+
+pub(crate) const FNV_OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+const FNV_PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+
+/// FNV-1a over 128 bits, with the length mixed in so that parts do not run together.
+pub(crate) fn fnv1a(start: u128, bytes: &[u8]) -> u128 {
+    let step = |h: u128, b: &u8| (h ^ u128::from(*b)).wrapping_mul(FNV_PRIME);
+    let hash = bytes.iter().fold(start, step);
+    (bytes.len() as u64).to_le_bytes().iter().fold(hash, step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_source_has_its_own_hash_and_its_kernel() {
+        for (i, a) in Source::ALL.iter().enumerate() {
+            assert!(a.text().contains("KERNEL("), "{}", a.file);
+            assert!(!a.text().contains("#include"), "{}", a.file);
+            assert!(Source::ALL[..i].iter().all(|b| a.hash() != b.hash()));
+        }
+    }
+
+    #[test]
+    fn parts_do_not_run_together() {
+        let of = |parts: &[&str]| parts.iter().fold(FNV_OFFSET, |h, p| fnv1a(h, p.as_bytes()));
+        assert_ne!(of(&["ab", "c"]), of(&["a", "bc"]));
+    }
+}

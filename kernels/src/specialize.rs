@@ -1,0 +1,495 @@
+//! Specializations: which source with which macros, threads and shared memory computes a [`Spec`] on a [`Target`].
+//!
+//! Tile sizes follow from what fits: registers (accumulators of a warp's rows take `rows * head_dim / 32` of at most 255 a
+//! thread), then shared memory. `ci/compile.py` compiles the list of [`every`] and fails on a spill.
+
+use std::fmt::Write as _;
+
+use longspan_hal::{DType, Error, Result, Spec, Strided};
+
+use crate::Source;
+use crate::source::fnv1a;
+
+/// Largest head size.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// What a kernel may use of a device.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Target {
+    /// Compute capability, such as 80, 89, 90.
+    pub arch: u32,
+    /// Shared memory of one block, in bytes.
+    pub block_bytes: u32,
+    /// Shared memory of one multiprocessor, in bytes; each resident block takes 1 KiB more than it asks for.
+    pub unit_bytes: u32,
+}
+
+impl Target {
+    /// A target from the device's own figures (`MAX_SHARED_MEMORY_PER_BLOCK_OPTIN`, `..._PER_MULTIPROCESSOR`).
+    pub const fn new(arch: u32, block_bytes: u32, unit_bytes: u32) -> Self {
+        Self { arch, block_bytes, unit_bytes }
+    }
+
+    /// The figures of a known NVIDIA architecture; of the smallest one for those unknown.
+    pub const fn nvidia(arch: u32) -> Self {
+        let unit = match arch {
+            80 | 87 => 164,
+            90 | 100 | 103 => 228,
+            _ => 100,
+        };
+        Self::new(arch, (unit - 1) << 10, unit << 10)
+    }
+
+    fn fits(&self, bytes: u32, blocks: u32) -> bool {
+        bytes <= self.block_bytes && (bytes + 1024) * blocks <= self.unit_bytes
+    }
+}
+
+/// What the call's views allow.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct View {
+    /// All pointers and strides of the call allow 16-byte access to 16-bit elements: see [`View::of`].
+    pub aligned: bool,
+}
+
+impl View {
+    /// Whether 16-byte loads are possible in `views` (of one call, head sizes included) whose buffers start at 256-byte
+    /// boundaries: every offset, stride and last extent (but the extent 1 of row statistics) is a multiple of 8, and no row
+    /// stride is 2^24 or more (addresses within a tile are 32-bit).
+    pub fn of<'a>(views: impl IntoIterator<Item = &'a Strided>) -> Self {
+        let whole = |v: &Strided| {
+            let [b, s, h, d] = v.extent();
+            let [sb, ss, sh, _] = v.strides();
+            let strides = [(b, sb), (s, ss), (h, sh)];
+            d == 1
+                || (ss < 1 << 24
+                    && v.offset().is_multiple_of(8)
+                    && d % 8 == 0
+                    && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
+        };
+        Self { aligned: views.into_iter().all(whole) }
+    }
+}
+
+/// A kernel ready to be compiled and launched.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct Specialization {
+    /// The source.
+    pub source: Source,
+    /// Names of the kernels in it.
+    pub entries: &'static [&'static str],
+    /// Macros, as `NAME=value`.
+    pub defines: Vec<String>,
+    /// Threads of a block (x axis).
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Rows of a tile: what to give to [`crate::WorkList`]; 0 for kernels without tiles.
+    pub rows: u32,
+}
+
+impl Specialization {
+    /// Cache key of source and macros. Compiler version and architecture are the compiler's part of the key.
+    pub fn key(&self) -> u128 {
+        self.defines.iter().fold(self.source.hash(), |h, d| fnv1a(h, d.as_bytes()))
+    }
+
+    /// A readable name for messages and reports.
+    pub fn name(&self) -> String {
+        let mut name = self.source.file.trim_end_matches(".cu").to_owned();
+        for d in self.defines.iter().filter(|d| !d.ends_with("=0")) {
+            let _ = write!(name, " {}", d.strip_suffix("=1").unwrap_or(d));
+        }
+        name
+    }
+
+    /// The forward of `spec`: `attention_forward` with [`crate::params::ForwardParams`] over query tiles.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a head over [`MAX_HEAD_DIM`], or if no tile fits `target`.
+    pub fn forward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Self> {
+        head_sizes(backend, spec)?;
+        if spec.dtype == DType::F32 {
+            return fma(Source::FMA_FORWARD, &["attention_forward"], spec);
+        }
+        let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
+        let tile = forward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
+        let rows = tile.warps * tile.m_tiles * 16;
+        let mut defines = attention_defines(spec, d, dv, view.aligned);
+        defines.extend([
+            format!("PARTIAL={}", u32::from(spec.partial)),
+            format!("WARPS={}", tile.warps),
+            format!("M_TILES={}", tile.m_tiles),
+            format!("BLOCK_N={}", tile.keys),
+            format!("STAGES={}", tile.stages),
+            format!("MIN_BLOCKS={}", tile.blocks),
+            format!("Q_IN_REGISTERS={}", u32::from(tile.q_in_registers)),
+            format!("SHARED_BYTES={}", tile.bytes(d, dv)),
+        ]);
+        Ok(Self {
+            source: Source::SM80_FORWARD,
+            entries: &["attention_forward"],
+            defines,
+            threads: tile.warps * 32,
+            shared_bytes: tile.bytes(d, dv),
+            rows,
+        })
+    }
+
+    /// dk and dv (and, unless `spec.deterministic` or f32, dq by atomics) of `spec`: `attention_backward` with
+    /// [`crate::params::BackwardParams`] over key tiles. The grid counts KV heads.
+    ///
+    /// # Errors
+    /// As [`Specialization::forward`].
+    pub fn backward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Self> {
+        head_sizes(backend, spec)?;
+        if spec.dtype == DType::F32 {
+            return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
+        }
+        let (d, dv) = (tiled(spec.head_dim, 32), tiled(spec.head_dim_v, 32));
+        let dq = Self::atomics(spec);
+        let tile = backward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
+        let mut defines = attention_defines(spec, d, dv, view.aligned);
+        defines.extend([
+            format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
+            format!("DQ={}", u32::from(dq)),
+            format!("KEY_WARPS={}", tile.key_warps),
+            format!("SPLIT={}", tile.split),
+            format!("K_TILES={}", tile.k_tiles),
+            format!("BLOCK_M={}", tile.queries),
+            format!("CHUNK_M={}", tile.chunk),
+            format!("STAGES={}", tile.stages),
+            format!("DQ_WARPS_M={}", tile.dq_warps_m(d)),
+            format!("SIDE_BY_SIDE={}", u32::from(tile.side_by_side)),
+            format!("MIN_BLOCKS={}", tile.blocks),
+            format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
+        ]);
+        Ok(Self {
+            source: Source::SM80_BACKWARD,
+            entries: &["attention_backward"],
+            defines,
+            threads: tile.key_warps * tile.split * 32,
+            shared_bytes: tile.bytes(d, dv, dq),
+            rows: tile.keys(),
+        })
+    }
+
+    /// Whether [`Specialization::backward`] adds dq by f32 atomics. Then dq must be f32 memory that holds 0 (or what is
+    /// added to); otherwise [`Specialization::backward_dq`] computes it.
+    pub fn atomics(spec: &Spec) -> bool {
+        !spec.deterministic && spec.dtype != DType::F32
+    }
+
+    /// dq of `spec` without atomics: `attention_backward_dq` with [`crate::params::BackwardParams`] over query tiles.
+    ///
+    /// # Errors
+    /// As [`Specialization::forward`].
+    pub fn backward_dq(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Self> {
+        head_sizes(backend, spec)?;
+        if spec.dtype == DType::F32 {
+            return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
+        }
+        let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
+        let tile = dq_tile(d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
+        let mut defines = attention_defines(spec, d, dv, view.aligned);
+        defines.extend([
+            format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
+            format!("WARPS={}", tile.warps),
+            format!("BLOCK_N={}", tile.keys),
+            format!("STAGES={}", tile.stages),
+            format!("SHARED_BYTES={}", tile.bytes(d, dv)),
+        ]);
+        Ok(Self {
+            source: Source::SM80_BACKWARD_DQ,
+            entries: &["attention_backward_dq"],
+            defines,
+            threads: tile.warps * 32,
+            shared_bytes: tile.bytes(d, dv),
+            rows: tile.warps * 16,
+        })
+    }
+
+    /// `prepare_delta` (a warp a row: grid `ceil(batch * rows * heads / 4)`) and `prepare_dsinks` (a block a head), with
+    /// [`crate::params::PrepareParams`].
+    pub fn prepare(dtype: DType) -> Self {
+        Self::plain(Source::PREPARE, &["prepare_delta", "prepare_dsinks"], vec![io(dtype).to_owned()], 128)
+    }
+
+    /// `accumulate` with [`crate::params::AccumulateParams`]: a thread an element, any grid (grid-stride loop).
+    pub fn accumulate(into: DType) -> Self {
+        Self::plain(Source::ACCUMULATE, &["accumulate"], vec![io(into).to_owned()], 256)
+    }
+
+    /// `copy_strided` with [`crate::params::CopyParams`], whose elements are units of `unit` bytes (2, 4, 8 or 16); grid x is
+    /// any, grid y the number of regions.
+    pub fn copy(unit: u32) -> Self {
+        Self::plain(Source::COPY, &["copy_strided"], vec![io(DType::F32).to_owned(), format!("UNIT={unit}")], 256)
+    }
+
+    /// `fill` with [`crate::params::FillParams`]: a thread an element, any grid.
+    pub fn fill(dtype: DType) -> Self {
+        Self::plain(Source::FILL, &["fill"], vec![io(dtype).to_owned()], 256)
+    }
+
+    fn plain(source: Source, entries: &'static [&'static str], mut defines: Vec<String>, threads: u32) -> Self {
+        defines.extend(["SOFTCAP=0", "ALIBI=0", "DROPOUT=0", "TRANSFORM=0", "EXACT=0", "ALIGNED=0"].map(str::to_owned));
+        defines.push(format!("THREADS={threads}"));
+        Self { source, entries, defines, threads, shared_bytes: 0, rows: 0 }
+    }
+}
+
+/// How many heads' tiles are neighbours in the grid, so that what they re-read stays in a cache of `cache` bytes:
+/// `(forward: query heads, backward: KV heads)`.
+pub fn sections(spec: &Spec, cache: usize) -> (u32, u32) {
+    let size = spec.dtype.size();
+    let keys = (spec.k_rows * (spec.head_dim + spec.head_dim_v) * size).max(1);
+    let queries = spec.group * spec.q_rows * ((spec.head_dim + spec.head_dim_v) * size + 4 * spec.head_dim);
+    let forward = (cache / keys).max(1) * spec.group;
+    let backward = (cache / queries.max(1)).max(1);
+    (forward.clamp(1, spec.heads.max(1)) as u32, backward.clamp(1, spec.kv_heads.max(1)) as u32)
+}
+
+fn head_sizes(backend: &'static str, spec: &Spec) -> Result<()> {
+    spec.check()?;
+    let most = spec.head_dim.max(spec.head_dim_v);
+    if most > MAX_HEAD_DIM {
+        return Err(Error::Unsupported {
+            backend,
+            what: format!("head_dim {most}"),
+            instead: format!("sizes up to {MAX_HEAD_DIM} are"),
+        });
+    }
+    Ok(())
+}
+
+fn no_tile(backend: &'static str, spec: &Spec) -> Error {
+    Error::Unsupported {
+        backend,
+        what: format!("head_dim {} with head_dim_v {} on this device", spec.head_dim, spec.head_dim_v),
+        instead: "smaller heads fit its shared memory".to_owned(),
+    }
+}
+
+const fn padded(size: usize, to: usize) -> u32 {
+    (size.div_ceil(to) * to) as u32
+}
+
+/// A head size as tensor-core tiles have it: coarser where it is large, so that loads divide evenly among threads.
+const fn tiled(size: usize, step: usize) -> u32 {
+    match size {
+        ..=96 => padded(size, step),
+        97..=128 => padded(size, 32),
+        _ => padded(size, 64),
+    }
+}
+
+const fn io(dtype: DType) -> &'static str {
+    match dtype {
+        DType::Bf16 => "IO_BF16=1",
+        DType::F16 => "IO_F16=1",
+        _ => "IO_F32=1",
+    }
+}
+
+fn attention_defines(spec: &Spec, d: u32, dv: u32, aligned: bool) -> Vec<String> {
+    let on = u32::from;
+    let exact = d as usize == spec.head_dim && dv as usize == spec.head_dim_v;
+    vec![
+        io(spec.dtype).to_owned(),
+        format!("HEAD_DIM={d}"),
+        format!("HEAD_DIM_V={dv}"),
+        format!("EXACT={}", on(exact)),
+        format!("ALIGNED={}", on(aligned)),
+        format!("SOFTCAP={}", on(spec.softcap.is_some())),
+        format!("ALIBI={}", on(spec.alibi)),
+        format!("DROPOUT={}", on(spec.dropout.is_some())),
+        format!("TRANSFORM={}", on(transforms(spec))),
+    ]
+}
+
+/// Whether logits are more than a positive factor times the dot product (the f32 kernels know no other form).
+fn transforms(spec: &Spec) -> bool {
+    spec.dtype == DType::F32 || spec.softcap.is_some() || spec.alibi || spec.scale <= 0.0
+}
+
+/// Whether positions of pairs are computed, which takes registers.
+fn is_heavy(spec: &Spec) -> bool {
+    spec.alibi || spec.dropout.is_some()
+}
+
+/// Bytes of `rows` rows of 16-bit elements in shared memory (8 more elements a row).
+const fn tile_bytes(rows: u32, dim: u32) -> u32 {
+    rows * (dim + 8) * 2
+}
+
+struct ForwardTile {
+    warps: u32,
+    m_tiles: u32,
+    keys: u32,
+    stages: u32,
+    blocks: u32,
+    q_in_registers: bool,
+}
+
+impl ForwardTile {
+    fn bytes(&self, d: u32, dv: u32) -> u32 {
+        let (control, block) = (160, tile_bytes(self.keys, d) + tile_bytes(self.keys, dv));
+        tile_bytes(self.warps * self.m_tiles * 16, d) + self.stages * block + control
+    }
+}
+
+fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardTile> {
+    let of = |[warps, m_tiles, keys, stages, blocks]: [u32; 5], q_in_registers| ForwardTile {
+        warps,
+        m_tiles,
+        keys,
+        stages,
+        blocks,
+        q_in_registers,
+    };
+    let plain = !transforms(spec) && spec.dropout.is_none();
+    let tiles: &[[u32; 5]] = match d.max(dv) {
+        ..=64 if is_heavy(spec) => &[[4, 1, 32, 2, 2]],
+        65..=128 if is_heavy(spec) => &[[8, 1, 32, 2, 1], [4, 1, 32, 1, 1]],
+        ..=64 if plain => &[[4, 2, 64, 2, 2], [4, 2, 64, 1, 2]],
+        ..=64 => &[[4, 2, 32, 2, 2], [4, 1, 32, 2, 2]],
+        65..=128 if plain && target.arch < 90 => &[[4, 2, 32, 2, 2], [4, 2, 32, 2, 1]],
+        65..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
+        65..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
+        _ if plain => &[[8, 1, 64, 2, 1], [8, 1, 64, 1, 1], [4, 1, 64, 1, 1], [4, 1, 32, 1, 1]],
+        _ => &[[8, 1, 32, 2, 1], [8, 1, 32, 1, 1], [4, 1, 32, 1, 1]],
+    };
+    let q_in_registers = d.max(dv) <= 64 && plain;
+    tiles.iter().map(|t| of(*t, q_in_registers)).find(|t| target.fits(t.bytes(d, dv), t.blocks))
+}
+
+struct BackwardTile {
+    key_warps: u32,
+    split: u32,
+    k_tiles: u32,
+    queries: u32,
+    chunk: u32,
+    stages: u32,
+    blocks: u32,
+    side_by_side: bool,
+}
+
+impl BackwardTile {
+    fn keys(&self) -> u32 {
+        self.key_warps * self.k_tiles * 16
+    }
+
+    fn bytes(&self, d: u32, dv: u32, dq: bool) -> u32 {
+        let pair = |rows| tile_bytes(rows, d) + tile_bytes(rows, dv);
+        let exchanges = u32::from(dq || self.split > 1) + u32::from(self.split > 1);
+        let scores = exchanges * tile_bytes(self.keys(), self.queries);
+        let control = 160;
+        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control
+    }
+
+    /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns.
+    fn dq_warps_m(&self, d: u32) -> u32 {
+        let warps = self.key_warps * self.split;
+        let fits = |m: u32| {
+            warps.is_multiple_of(m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
+        };
+        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m)).unwrap_or(warps)
+    }
+}
+
+fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<BackwardTile> {
+    let of = |[key_warps, split, k_tiles, queries, chunk, stages, blocks, side]: [u32; 8]| BackwardTile {
+        key_warps,
+        split,
+        k_tiles,
+        queries,
+        chunk,
+        stages,
+        blocks,
+        side_by_side: side == 1,
+    };
+    let plain = !transforms(spec) && spec.dropout.is_none();
+    let tiles: &[[u32; 8]] = if is_heavy(spec) && d + dv <= 320 {
+        &[[8, 1, 1, 64, 16, 2, 1, 0], [8, 1, 1, 32, 16, 1, 1, 0], [4, 1, 1, 32, 16, 1, 1, 0]]
+    } else if is_heavy(spec) {
+        &[[4, 2, 1, 64, 16, 2, 1, 0], [4, 2, 1, 64, 16, 1, 1, 0], [2, 2, 1, 32, 16, 1, 1, 0]]
+    } else if d.max(dv) <= 64 && plain {
+        &[[4, 1, 2, 64, 32, 2, 2, 1], [4, 1, 2, 32, 32, 2, 2, 1], [4, 1, 1, 32, 32, 2, 2, 1]]
+    } else if d.max(dv) <= 64 {
+        &[[4, 1, 2, 64, 16, 2, 2, 0], [4, 1, 2, 32, 16, 2, 2, 0], [4, 1, 1, 32, 16, 2, 2, 0]]
+    } else if d + dv <= 256 && plain {
+        &[
+            [4, 2, 2, 64, 32, 2, 1, 1],
+            [8, 1, 1, 64, 32, 2, 1, 0],
+            [8, 1, 1, 32, 32, 1, 1, 0],
+            [4, 1, 1, 32, 32, 1, 1, 0],
+        ]
+    } else if d + dv <= 256 {
+        &[
+            [4, 2, 2, 64, 16, 2, 1, 0],
+            [8, 1, 1, 64, 16, 2, 1, 0],
+            [8, 1, 1, 32, 16, 1, 1, 0],
+            [4, 1, 1, 32, 16, 1, 1, 0],
+        ]
+    } else if d + dv <= 320 {
+        &[
+            [8, 1, 1, 64, 16, 2, 1, 0],
+            [8, 1, 1, 32, 16, 2, 1, 0],
+            [4, 1, 1, 32, 16, 2, 1, 0],
+            [4, 1, 1, 32, 16, 1, 1, 0],
+        ]
+    } else {
+        &[
+            [2, 4, 2, 64, 16, 2, 1, 1],
+            [4, 2, 1, 64, 16, 2, 1, 0],
+            [4, 2, 1, 64, 16, 1, 1, 0],
+            [2, 2, 1, 32, 16, 2, 1, 0],
+            [2, 2, 1, 32, 16, 1, 1, 0],
+        ]
+    };
+    let dq = Specialization::atomics(spec);
+    let mut fitting =
+        tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
+    fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))
+}
+
+struct DqTile {
+    warps: u32,
+    keys: u32,
+    stages: u32,
+}
+
+impl DqTile {
+    fn bytes(&self, d: u32, dv: u32) -> u32 {
+        let pair = |rows| tile_bytes(rows, d) + tile_bytes(rows, dv);
+        pair(self.warps * 16) + self.stages * pair(self.keys)
+    }
+}
+
+fn dq_tile(d: u32, dv: u32, target: Target) -> Option<DqTile> {
+    let sizes = [(8, 64, 2), (8, 64, 1), (8, 32, 2), (8, 32, 1), (4, 32, 2), (4, 32, 1), (4, 16, 1)];
+    let wide = d.max(dv) > 128;
+    sizes
+        .into_iter()
+        .filter(|(_, keys, _)| !wide || *keys <= 32)
+        .map(|(warps, keys, stages)| DqTile { warps, keys, stages })
+        .find(|t| target.fits(t.bytes(d, dv), 1))
+}
+
+/// The f32 kernels: 32 rows a tile, 128 threads; sizes as in `cu/fma_*.cu`.
+fn fma(source: Source, entries: &'static [&'static str], spec: &Spec) -> Result<Specialization> {
+    let (d, dv) = (padded(spec.head_dim, 32), padded(spec.head_dim_v, 32));
+    let (rows, narrow) = (32, d + dv > 320);
+    let row = |dim: u32| dim + 4;
+    let floats = if source == Source::FMA_FORWARD {
+        let others = if narrow { 16 } else { 32 };
+        rows * row(d) + others * (row(d) + row(dv)) + rows * (others + 1)
+    } else {
+        let others = if narrow { 8 } else { 32 };
+        (rows + others) * (row(d) + row(dv)) + 2 * rows * (others + 1)
+    };
+    let mut defines = attention_defines(spec, d, dv, false);
+    defines.push(format!("PARTIAL={}", u32::from(spec.partial)));
+    defines.push(format!("SHARED_BYTES={}", 4 * floats));
+    Ok(Specialization { source, entries, defines, threads: 128, shared_bytes: 4 * floats, rows })
+}

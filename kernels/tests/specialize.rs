@@ -1,0 +1,75 @@
+//! Specializations fit the machines that they are for, over all head sizes.
+
+use longspan_hal::{DType, Spec, Strided};
+use longspan_kernels::specialize::MAX_HEAD_DIM;
+use longspan_kernels::{Specialization, Target, View};
+
+const ARCHES: [u32; 5] = [80, 86, 89, 90, 100];
+
+/// Every head size with a few option sets.
+fn specs() -> impl Iterator<Item = Spec> {
+    let sizes = (1..=MAX_HEAD_DIM).map(|d| (d, d)).chain([(192, 128), (128, 256), (256, 64), (7, 33)]);
+    sizes.flat_map(|(d, dv)| {
+        let plain = Spec::new(DType::Bf16, 1, [64, 64], [4, 2], d).with_head_dim_v(dv);
+        [
+            plain.clone(),
+            plain.clone().with_softcap(Some(2.0)).with_deterministic(true),
+            plain.with_alibi(true).with_dropout(Some(0.1)).with_partial(true),
+            Spec::new(DType::F32, 1, [64, 64], [4, 2], d).with_head_dim_v(dv),
+        ]
+    })
+}
+
+fn number(kernel: &Specialization, name: &str) -> Option<u32> {
+    kernel.defines.iter().find_map(|d| d.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+}
+
+#[test]
+fn every_head_size_has_kernels_that_fit_every_architecture() {
+    for (spec, arch) in specs().flat_map(|s| ARCHES.map(|a| (s.clone(), a))) {
+        let (target, view) = (Target::nvidia(arch), View { aligned: spec.head_dim % 8 == 0 });
+        let kernels = [
+            Specialization::forward("test", &spec, target, view),
+            Specialization::backward("test", &spec, target, view),
+            Specialization::backward_dq("test", &spec, target, view),
+        ];
+        for kernel in kernels {
+            let kernel = kernel.unwrap_or_else(|e| panic!("{} x {}, sm_{arch}: {e}", spec.head_dim, spec.head_dim_v));
+            assert!(kernel.shared_bytes <= target.block_bytes, "{}", kernel.name());
+            assert_eq!(number(&kernel, "SHARED_BYTES"), Some(kernel.shared_bytes), "{}", kernel.name());
+            let (d, dv) = (number(&kernel, "HEAD_DIM"), number(&kernel, "HEAD_DIM_V"));
+            assert!(d >= Some(spec.head_dim as u32) && dv >= Some(spec.head_dim_v as u32));
+            assert!(kernel.threads.is_multiple_of(32) && kernel.rows.is_multiple_of(16));
+        }
+    }
+}
+
+#[test]
+fn keys_differ_where_defines_do_and_names_are_readable() {
+    let of = |spec: &Spec| {
+        Specialization::forward("test", spec, Target::nvidia(90), View { aligned: true }).expect("supported")
+    };
+    let plain = Spec::new(DType::Bf16, 1, [64, 64], [1, 1], 64);
+    let (a, b) = (of(&plain), of(&plain.clone().with_softcap(Some(1.0))));
+    assert_ne!(a.key(), b.key());
+    assert_eq!(a.key(), of(&plain.with_softcap(None)).key());
+    assert!(b.name().starts_with("sm80_attention_forward IO_BF16") && b.name().contains("SOFTCAP"), "{}", b.name());
+}
+
+#[test]
+fn heads_over_256_are_refused_with_what_is_possible() {
+    let spec = Spec::new(DType::F16, 1, [64, 64], [1, 1], 257);
+    let refusal = Specialization::forward("cuda", &spec, Target::nvidia(90), View { aligned: false });
+    let text = refusal.expect_err("too large").to_string();
+    assert!(text.contains("head_dim 257") && text.contains("256"), "{text}");
+}
+
+#[test]
+fn views_with_odd_strides_or_offsets_are_not_aligned() {
+    let view = |offset, row, dim| Strided::new(DType::F16, offset, [1, 4, 2, dim], [0, row, dim, 1]).expect("valid");
+    let aligned = |v: &Strided| View::of([v]).aligned;
+    assert!(aligned(&view(0, 128, 64)) && aligned(&view(8, 136, 64)));
+    assert!(!aligned(&view(4, 128, 64)) && !aligned(&view(0, 132, 64)) && !aligned(&view(0, 120, 60)));
+    let statistics = Strided::new(DType::F32, 3, [1, 4, 2, 1], [0, 2, 1, 1]).expect("valid");
+    assert!(View::of([&statistics, &view(0, 128, 64)]).aligned);
+}
