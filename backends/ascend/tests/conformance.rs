@@ -1,8 +1,9 @@
 //! The conformance suite over the emulator: `cargo test -p longspan-ascend --test conformance`.
 //!
-//! The vendor's libraries are the emulator's shared object, which Cargo built beside this test. `LONGSPAN_TIER=full` runs the
-//! full tier, `LONGSPAN_FILTER` only some cases, `LONGSPAN_RANKS` other than the 2 ranks at most that keep `cargo test` short (CI sets 8), `LONGSPAN_BACKEND=ascend-fused` the fused
-//! forward, `LONGSPAN_NPU=1` the machine's own libraries instead of the emulator. Small tiles (`LONGSPAN_ASCEND_TILE`) make short sequences cross many of them.
+//! The vendor's libraries are the emulator's shared object, which Cargo built beside this test. Variables: `LONGSPAN_TIER=full`
+//! for the full tier; `LONGSPAN_FILTER` for some cases; `LONGSPAN_RANKS` for more than the 2 ranks that keep `cargo test` short
+//! (CI sets 8); `LONGSPAN_BACKEND=ascend-fused` for the fused forward; `LONGSPAN_NPU=1` for the machine's own libraries. Small
+//! tiles (`LONGSPAN_ASCEND_TILE`) make short sequences cross many of them.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
