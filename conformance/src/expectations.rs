@@ -17,13 +17,14 @@ use longspan_hal::{Error, Result};
 use serde::Deserialize;
 
 /// The lists of the backends of this workspace, by [`longspan_hal::Backend::NAME`].
-const BUILT_IN: [(&str, &str); 6] = [
+const BUILT_IN: [(&str, &str); 7] = [
     ("ascend", include_str!("../expectations/ascend.toml")),
     ("cpu", include_str!("../expectations/cpu.toml")),
     ("cpu-ascend-like", include_str!("../expectations/cpu-ascend-like.toml")),
     ("cpu-checked", include_str!("../expectations/cpu-checked.toml")),
     ("cpu-nccl-like", include_str!("../expectations/cpu-nccl-like.toml")),
     ("cpu-push", include_str!("../expectations/cpu-push.toml")),
+    ("cuda", include_str!("../expectations/cuda.toml")),
 ];
 
 /// The TOML text for a backend of this workspace; empty for others.

@@ -22,6 +22,11 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ARCHES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
 ALLOWED_SPILL = 16
+# What still spills, and how much at most; see "What falls short" in kernels/README.md. A spill anywhere else, or a larger one, fails.
+KNOWN_SPILLS = [
+    ({"backward", "HEAD_DIM=256", "HEAD_DIM_V=256", "EXACT=0"}, 64),
+    ({"backward", "HEAD_DIM=192", "HEAD_DIM_V=128", "DROPOUT=1"}, 120),
+]
 Kernel = collections.namedtuple("Kernel", "case kind key shared threads rows tiles section entries defines")
 
 
@@ -77,7 +82,9 @@ def check(job):
     cubin, log = Nvrtc(path).compile(source, kernel.key + ".cu", ARCHES[arch], kernel.defines)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
-    bad = cubin is None or spills > ALLOWED_SPILL or "warning" in log
+    words = {kernel.kind, *kernel.defines}
+    allowed = max([ALLOWED_SPILL] + [most for which, most in KNOWN_SPILLS if which <= words])
+    bad = cubin is None or spills > allowed or "warning" in log
     return arch, kernel, registers, spills, bad, log if cubin is None or "warning" in log else ""
 
 
