@@ -1,7 +1,7 @@
 //! Specializations: which source with which macros, threads and shared memory computes a [`Spec`] on a [`Target`].
 //!
 //! Tile sizes follow from what fits: registers (accumulators of a warp's rows take `rows * head_dim / 32` of at most 255 a
-//! thread), then shared memory. `ci/compile.py` compiles the list of [`every`] and fails on a spill.
+//! thread), then shared memory. `ci/compile.py` compiles the list of `emit ... every` and fails on a spill.
 
 use std::fmt::Write as _;
 

@@ -2,7 +2,7 @@
 //!
 //! [`table!`] turns C signatures into a struct whose functions come from a shared library, found when the program runs. So
 //! `cargo build` needs no vendor's SDK, and a library or symbol that is missing is an
-//! [`Error::Unavailable`](longspan_hal::Error::Unavailable) with the way to get it, never a panic.
+//! [`Error::Unavailable`] with the way to get it, never a panic.
 //!
 //! A function may have a symbol per *flavor* of the library: vendors that export the same functions under other names share
 //! one table, and the flavor chooses the column.
