@@ -12,7 +12,7 @@ use crate::driver::{Address, Driver, Handle, PoolProperties};
 use crate::event::{Event, Events};
 use crate::grave::Grave;
 use crate::jit::Jit;
-use crate::machine::Machine;
+use crate::machine::{Asked, Machine};
 use crate::staging::Pinned;
 use crate::sync::{Deadline, lock};
 
@@ -64,7 +64,10 @@ pub(crate) struct Figures {
 }
 
 /// The context is current on this thread while this lives.
-pub(crate) struct Bound(&'static Context);
+pub(crate) struct Bound {
+    context: &'static Context,
+    before: Handle,
+}
 
 impl Debug for Context {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
@@ -74,9 +77,7 @@ impl Debug for Context {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        let mut popped = 0;
-        // SAFETY: `popped` is written; the context was pushed on this thread.
-        let _ = unsafe { self.0.driver.pop_context(&mut popped) };
+        let _ = self.context.driver.pop_context(self.before);
     }
 }
 
@@ -92,8 +93,7 @@ impl Context {
         // SAFETY: `device` is written.
         machine.check(driver, unsafe { driver.device(&mut device, ordinal as i32) })?;
         let figures = Figures::of(machine, driver, device, info.name, info.memory_bytes)?;
-        // SAFETY: `raw` is written.
-        machine.check(driver, unsafe { driver.retain_context(&mut raw, device) })?;
+        machine.check(driver, driver.retain_context(&mut raw, device))?;
         let mut context = Self {
             machine,
             driver,
@@ -113,12 +113,10 @@ impl Context {
     }
 
     fn set_up(&mut self) -> Result<()> {
-        // SAFETY: the context was retained.
-        self.check(unsafe { self.driver.push_context(self.raw) })?;
+        let mut before = 0;
+        self.check(self.driver.push_context(self.raw, &mut before))?;
         let result = self.set_up_bound();
-        let mut popped = 0;
-        // SAFETY: pushed above.
-        let _ = unsafe { self.driver.pop_context(&mut popped) };
+        let _ = self.driver.pop_context(before);
         result
     }
 
@@ -157,9 +155,9 @@ impl Context {
         if let Some(error) = self.poison.get() {
             return Err(error.clone());
         }
-        // SAFETY: the context lives as long as the process.
-        self.check(unsafe { self.driver.push_context(self.raw) })?;
-        Ok(Bound(self))
+        let mut before = 0;
+        self.check(self.driver.push_context(self.raw, &mut before))?;
+        Ok(Bound { context: self, before })
     }
 
     /// An error for what a call of the driver returned, unless that is 0. After some errors the device is of no use to this
@@ -288,8 +286,7 @@ impl Context {
         for &other in devices.iter().filter(|d| **d != self.ordinal) {
             let peer = self.machine.context(other)?;
             let _bound = self.bind()?;
-            // SAFETY: both contexts live as long as the process.
-            let enabled = unsafe { self.driver.enable_peer(peer.raw, 0) };
+            let enabled = self.driver.enable_peer(peer.raw);
             if enabled.value != self.machine.facts().codes.peer_enabled {
                 self.check(enabled)?;
             }
@@ -330,13 +327,22 @@ impl Figures {
         let mut driver_version = 0;
         // SAFETY: `driver_version` is written.
         machine.check(driver, unsafe { driver.version(&mut driver_version) })?;
-        Ok(Self {
+        let asked = Asked {
+            major,
+            minor,
+            block_bytes: ask(codes.block_bytes)?,
+            unit_bytes: ask(codes.unit_bytes)?,
+            arch: driver.arch_name(device)?,
             name,
+        };
+        let (arch, target) = (machine.facts().target)(&asked)?;
+        Ok(Self {
+            name: asked.name,
             memory_bytes,
-            arch: (machine.facts().arch)(major, minor),
+            arch,
             units: ask(codes.units)?,
             cache_bytes: ask(codes.cache_bytes)? as usize,
-            target: Target::new(10 * major + minor, ask(codes.block_bytes)?, ask(codes.unit_bytes)?),
+            target,
             driver_version,
             priorities: [0; 2],
         })
