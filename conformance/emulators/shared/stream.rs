@@ -1,4 +1,4 @@
-//! Streams and events: a worker thread a stream, tasks in order, random delays.
+//! Compiled into every emulator. Streams and events: a worker thread a stream, tasks in order, random delays.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -77,7 +77,7 @@ impl Stream {
         });
         let worker = Arc::clone(&stream);
         // A process that can't start threads can't be emulated; its streams then never run.
-        let _ = std::thread::Builder::new().name("npu stream".into()).spawn(move || worker.work());
+        let _ = std::thread::Builder::new().name("device stream".into()).spawn(move || worker.work());
         stream
     }
 
@@ -221,6 +221,11 @@ impl Event {
     pub fn is_complete(&self) -> bool {
         let state = lock(&self.state);
         state.done >= state.recorded
+    }
+
+    /// The code of the stream that it was recorded on, if that failed before.
+    pub fn failed(&self) -> Option<i32> {
+        lock(&self.state).failed
     }
 
     /// Whether nothing of it is queued.
