@@ -153,7 +153,7 @@ pub extern "C" fn ncclGroupEnd() -> i32 {
     }
     let messages: Vec<Message> = queued.drain(..).map(|q| q.message).collect();
     count("launch exchange", 1);
-    stream.push(move |running| comm.batch(&messages, running));
+    stream.push(move |running| comm.work(&messages, running));
     result::OK
 }
 
@@ -256,6 +256,14 @@ impl Comm {
             m.peer.acknowledged(over).ok_or_else(|| self.lost())?;
         }
         Ok(())
+    }
+
+    /// An aborted communicator ends its work without an error of the stream.
+    fn work(&self, messages: &[Message], running: &Running<'_>) -> Result<(), i32> {
+        match self.batch(messages, running) {
+            Err(_) if self.aborted.load(Ordering::Acquire) => Ok(()),
+            result => result,
+        }
     }
 
     fn lost(&self) -> i32 {
