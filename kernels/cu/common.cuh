@@ -275,7 +275,7 @@ constexpr int FMA_THREADS = FMA_ROWS * 4;
 template <int DIM> CONSTEXPR int fma_pitch() { return DIM + 4; }
 
 template <int DIM> DEVICE void load_rows(float *to, const float *from, i64 stride, int rows, int valid, int dim) {
-    for (int i = threadIdx.x; i < rows * DIM; i += FMA_THREADS) {
+    FEW_AT_ONCE for (int i = threadIdx.x; i < rows * DIM; i += FMA_THREADS) {
         int row = i / DIM, column = i % DIM;
         to[row * fma_pitch<DIM>() + column] = row < valid && column < dim ? from[row * stride + column] : 0.0f;
     }

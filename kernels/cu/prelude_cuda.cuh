@@ -19,8 +19,9 @@ typedef long long i64;
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define PARAMS(T) const __grid_constant__ T
 #define UNROLL _Pragma("unroll")
-// A loop that the compiler may unroll as it likes.
+// Loops that the compiler may unroll as it likes.
 #define ROLLED
+#define FEW_AT_ONCE
 #define INFINITY_F __int_as_float(0x7f800000)
 #define SHARED(T, name) extern __shared__ __align__(128) T name[]
 

@@ -71,6 +71,8 @@ typedef long long i64;
 #define UNROLL _Pragma("unroll")
 // A loop that is not unrolled: its loads would all be started at once, and spill.
 #define ROLLED _Pragma("clang loop unroll(disable)")
+// A loop of loads of which a few are under way at once.
+#define FEW_AT_ONCE _Pragma("clang loop unroll_count(8)")
 #define INFINITY_F __builtin_inff()
 #define SHARED(T, name) extern __shared__ __attribute__((aligned(128))) T name[]
 

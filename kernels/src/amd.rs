@@ -5,7 +5,7 @@
 
 use longspan_hal::{Result, Spec};
 
-use crate::specialize::{Family, attention_defines, no_tile, padded, tile_bytes};
+use crate::specialize::{Family, attention_defines, no_tile, padded, tile_bytes, transforms};
 use crate::{Source, Specialization, Target, View};
 
 /// Lanes of a wave.
@@ -13,21 +13,21 @@ const fn lanes(target: Target) -> u32 {
     if matches!(target.family, Family::Rdna) { 32 } else { 64 }
 }
 
-/// A head size as tiles have it.
-const fn tiled(size: usize) -> u32 {
-    padded(size, 16)
+/// A head size as tiles have it: RDNA's waves share large heads, in four parts.
+const fn tiled(size: usize, target: Target) -> u32 {
+    padded(size, if matches!(target.family, Family::Rdna) && size > 128 { 64 } else { 16 })
 }
 
 /// As [`Specialization::forward`].
 pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
-    let (d, dv) = (tiled(spec.head_dim), tiled(spec.head_dim_v));
+    let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
     let bytes = |[waves, m_tiles, keys, held]: [u32; 4]| {
         let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + tile_bytes(keys, dv));
         if held == 1 { q.max(block) } else { q + block }
     };
     // Waves, query tiles a wave, keys of a block, whether Q is held in registers.
     let tiles: &[[u32; 4]] = match (target.family, d.max(dv)) {
-        (Family::Rdna, ..=64) if spec.alibi || spec.dropout.is_some() => &[[8, 1, 32, 1]],
+        (Family::Rdna, ..=64) if transforms(spec) || spec.dropout.is_some() => &[[8, 1, 32, 1]],
         (Family::Rdna, ..=64) => &[[8, 1, 64, 1]],
         (Family::Rdna, ..=128) => &[[8, 1, 32, 0], [4, 1, 32, 0]],
         (Family::Rdna, _) => &[[4, 1, 16, 0], [2, 1, 16, 0]],
@@ -58,7 +58,7 @@ pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: 
 
 /// As [`Specialization::backward`].
 pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
-    let (d, dv) = (tiled(spec.head_dim), tiled(spec.head_dim_v));
+    let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
     let dq = Specialization::atomics(spec);
     let bytes = |[key_waves, _, k_tiles, queries]: [u32; 4]| {
         let keys = 16 * k_tiles * key_waves;
@@ -100,7 +100,7 @@ pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view:
 
 /// As [`Specialization::backward_dq`].
 pub(crate) fn backward_dq(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
-    let (d, dv) = (tiled(spec.head_dim), tiled(spec.head_dim_v));
+    let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
     let bytes = |[waves, keys]: [u32; 2]| {
         let pair = |rows| tile_bytes(rows, d) + tile_bytes(rows, dv);
         pair(16 * waves) + pair(keys)

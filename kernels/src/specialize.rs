@@ -342,7 +342,7 @@ pub(crate) fn attention_defines(spec: &Spec, d: u32, dv: u32, aligned: bool) -> 
 }
 
 /// Whether logits are more than a positive factor times the dot product (the f32 kernels know no other form).
-fn transforms(spec: &Spec) -> bool {
+pub(crate) fn transforms(spec: &Spec) -> bool {
     spec.dtype == DType::F32 || spec.softcap.is_some() || spec.alibi || spec.scale <= 0.0
 }
 

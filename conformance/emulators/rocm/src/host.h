@@ -304,6 +304,7 @@ inline u32 matrix_product(const Wave &w, Bid (&bids)[WARP]) {
 #define PARAMS(T) const T &
 #define UNROLL
 #define ROLLED
+#define FEW_AT_ONCE
 #define INFINITY_F __builtin_inff()
 #define SHARED(T, name) T *const name = reinterpret_cast<T *>(host::block->shared)
 #define threadIdx (host::fiber().index)
