@@ -1,4 +1,4 @@
-//! Lines over sequence length, as SVG. Colours are classes of the page; every series has a marker of its own too.
+//! Lines over sequence length, or bars for a single one, as SVG. Colours are classes of the page; every series has a marker of its own too.
 
 use std::fmt::Write as _;
 
@@ -18,6 +18,9 @@ pub const MOST: usize = 6;
 const SIZE: [f64; 2] = [360.0, 230.0];
 const MARGINS: [f64; 4] = [46.0, 16.0, 26.0, 34.0];
 
+/// Height of a bar with its name.
+const BAR: f64 = 42.0;
+
 /// Lines of `series` (up to [`MOST`]) over a logarithmic axis of tokens. Values start at 0 and are said in `unit`.
 pub fn lines(title: &str, unit: &str, series: &[Series]) -> String {
     let tokens = tokens(series);
@@ -35,6 +38,42 @@ pub fn lines(title: &str, unit: &str, series: &[Series]) -> String {
     }
     svg.push_str("</svg>\n");
     svg
+}
+
+/// A bar for the first point of each of `series` (up to [`MOST`]), named above it. For a single length.
+pub fn bars(title: &str, unit: &str, series: &[Series]) -> String {
+    let all: Vec<(usize, &str, f64)> = (series.iter().take(MOST).enumerate())
+        .filter_map(|(i, s)| Some((i, s.name.as_str(), s.points.first()?.1)))
+        .collect();
+    let most = all.iter().map(|bar| bar.2).fold(f64::MIN_POSITIVE, f64::max);
+    let (width, height) = (SIZE[0], BAR * all.len() as f64);
+    let mut svg = format!("<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{}\">\n", escape(title));
+    for (n, (i, name, value)) in all.into_iter().enumerate() {
+        let (y, long) = (BAR * n as f64, (value / most * (width - 110.0)).max(1.0));
+        let _ = writeln!(
+            svg,
+            "<text x=\"0\" y=\"{:.1}\">{}</text><rect class=\"s{i}\" x=\"0\" y=\"{:.1}\" width=\"{long:.1}\" height=\"14\" \
+             rx=\"2\"/><text class=\"value\" x=\"{:.1}\" y=\"{:.1}\">{} {}</text>",
+            y + 14.0,
+            escape(name),
+            y + 20.0,
+            long + 6.0,
+            y + 31.0,
+            digits(value),
+            escape(unit)
+        );
+    }
+    svg.push_str("</svg>\n");
+    svg
+}
+
+/// Three digits or so.
+fn digits(value: f64) -> String {
+    match value {
+        v if v < 10.0 => format!("{v:.2}"),
+        v if v < 100.0 => format!("{v:.1}"),
+        v => format!("{v:.0}"),
+    }
 }
 
 /// The names of `series` beside their markers, as a list that wraps.
@@ -120,7 +159,7 @@ fn line(svg: &mut String, plot: &Plot, i: usize, series: &Series, unit: &str) {
         let _ = write!(svg, "<path class=\"line\" d=\"M{}\"/>", at.join("L"));
     }
     for &(n, v) in &series.points {
-        let said = format!("{}: {n} tokens, {} {unit}", series.name, number(v, plot.top / 10.0));
+        let said = format!("{}: {n} tokens, {} {unit}", series.name, digits(v));
         let _ = write!(svg, "<g>{}<title>{}</title></g>", marker(i, plot.x(n), plot.y(v)), escape(&said));
     }
     svg.push_str("</g>\n");

@@ -57,6 +57,8 @@ fn share(report: &Report) -> String {
 /// A picture for each pass.
 fn charts(report: &Report, heading: &str, unit: &str, value: impl Fn(&Row) -> Option<f64>) -> String {
     let names = kept(report);
+    let single = report.rows.iter().all(|row| row.seq == report.rows[0].seq);
+    let draw = if single { chart::bars } else { chart::lines };
     let mut html = format!("<h2>{heading}</h2>\n<div class=\"charts\">\n");
     let mut legend = String::new();
     for (pass, title) in PASSES {
@@ -69,9 +71,9 @@ fn charts(report: &Report, heading: &str, unit: &str, value: impl Fn(&Row) -> Op
         };
         let series: Vec<Series> = names.iter().map(of).collect();
         if series.iter().any(|s| !s.points.is_empty()) {
-            let picture = chart::lines(&format!("{heading}, {title}"), unit, &series);
+            let picture = draw(&format!("{heading}, {title}"), unit, &series);
             let _ = write!(html, "<figure><figcaption>{title}</figcaption>\n{picture}</figure>\n");
-            legend = chart::legend(&series);
+            legend = if single { String::new() } else { chart::legend(&series) };
         }
     }
     html.push_str("</div>\n");
@@ -253,7 +255,7 @@ mod tests {
         let report = report((1..=9).map(|u| row(1024, u, 1, "step")).collect());
         let page = html(&report);
         assert!(page.contains("The 6 fastest of 9") && page.contains("<td data-title=\"U x R\">9 x 1</td>"));
-        assert!(page.contains("1 ulysses x 1 ring</li>") && !page.contains("9 ulysses x 1 ring</li>"));
+        assert!(page.contains(">1 ulysses x 1 ring</text>") && !page.contains(">9 ulysses x 1 ring</text>"));
     }
 
     #[test]

@@ -32,7 +32,8 @@ pub fn cells(row: &Row) -> [String; 13] {
         spread(row),
         rate(row.flops_per_second),
         share(row.share_of_peak),
-        row.exchange_gb_s.map_or("-".to_owned(), |x| format!("{x:.1} GB/s")),
+        row.exchange_gb_s
+            .map_or("-".to_owned(), |x| if x < 10.0 { format!("{x:.2} GB/s") } else { format!("{x:.0} GB/s") }),
         share(row.overlap_efficiency),
         bytes(row.peak_bytes),
         if row.peak_bytes == row.predicted_bytes { "equal".to_owned() } else { bytes(row.predicted_bytes) },
@@ -54,10 +55,14 @@ pub fn facts(report: &Report) -> Vec<(&'static str, String)> {
                 p.batch, p.heads, p.kv_heads, p.head_dim, p.head_dim_v, p.dtype
             ),
         ),
-        ("mask", format!("{}, {} layout, {}, {} head groups", p.mask, p.layout, p.placement, p.head_groups)),
+        ("cut", format!("{} mask, {} layout, {}", p.mask, p.layout, p.placement)),
     ];
-    if !p.options.is_empty() {
-        facts.push(("options", p.options.join(", ")));
+    let mut options = p.options.clone();
+    if p.head_groups > 1 {
+        options.push(format!("{} head groups", p.head_groups));
+    }
+    if !options.is_empty() {
+        facts.push(("options", options.join(", ")));
     }
     facts.push(("peak", peak(report)));
     facts.push(("run", format!("{}, {}, median of {}", report.date, report.program, report.repeat)));
