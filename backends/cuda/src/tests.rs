@@ -84,7 +84,9 @@ fn findings_say_what_is_missing_and_how_to_get_it() {
         let finding = findings.iter().find(|f| f.what == what).unwrap_or_else(|| panic!("{what} in {findings:?}"));
         match &finding.state {
             Ok(text) => assert!(text.contains("lib"), "its path: {text}"),
-            Err(Error::Unavailable { how_to_get_it, .. }) => assert!(how_to_get_it.contains("install"), "{how_to_get_it}"),
+            Err(Error::Unavailable { how_to_get_it, .. }) => {
+                assert!(how_to_get_it.contains("install"), "{how_to_get_it}")
+            }
             Err(other) => panic!("{what}: {other}"),
         }
     }

@@ -57,6 +57,9 @@ const MEASUREMENTS: usize = 5;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Numbers that are drawn. A prime, so that no two rows are alike.
+const BLOCK: usize = 100_003;
+
 impl Products {
     /// Loads the library.
     ///
@@ -177,21 +180,22 @@ impl Drop for Blas<'_> {
     }
 }
 
-/// Numbers between -1 and 1: how fast a chip computes depends on what it computes.
+/// Numbers between -1 and 1, the same block over and over: how fast a chip computes depends on what it computes.
 fn numbers(dtype: DType, count: usize) -> Vec<u8> {
     let mut state = 1u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) as f32 / 8_388_608.0 - 1.0
     };
-    let mut bytes = Vec::with_capacity(count * dtype.size());
-    for _ in 0..count {
-        match dtype {
-            DType::Bf16 => bytes.extend(bf16::from_f32(next()).to_le_bytes()),
-            DType::F16 => bytes.extend(f16::from_f32(next()).to_le_bytes()),
-            _ => bytes.extend(next().to_le_bytes()),
-        }
-    }
+    let block: Vec<u8> = (0..count.min(BLOCK))
+        .flat_map(|_| match dtype {
+            DType::Bf16 => bf16::from_f32(next()).to_le_bytes().to_vec(),
+            DType::F16 => f16::from_f32(next()).to_le_bytes().to_vec(),
+            _ => next().to_le_bytes().to_vec(),
+        })
+        .collect();
+    let mut bytes = block.repeat(count.div_ceil(BLOCK).max(1));
+    bytes.truncate(count * dtype.size());
     bytes
 }
 
@@ -202,6 +206,7 @@ mod tests {
     #[test]
     fn numbers_have_the_dtypes_size_and_are_not_all_alike() {
         for (dtype, size) in [(DType::Bf16, 2), (DType::F16, 2), (DType::F32, 4)] {
+            assert_eq!(numbers(dtype, 3 * BLOCK + 7).len(), (3 * BLOCK + 7) * size);
             let bytes = numbers(dtype, 100);
             assert_eq!(bytes.len(), 100 * size);
             assert!(bytes.chunks(size).any(|x| x != &bytes[..size]));

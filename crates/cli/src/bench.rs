@@ -1,8 +1,8 @@
 //! `longspan bench`: speed, exchange, overlap and memory of attention over ranks, measured.
 //!
 //! ```text
-//! peak of every device that is used
 //! for each length, Ulysses size, ring size, and packing:
+//!     the peak of every device that is used
 //!     the same work alone: each device with its share of the heads, without exchange
 //!     the work on all ranks: repetitions that start with a barrier, then one with a trace
 //! table, JSON, page
@@ -56,15 +56,14 @@ pub fn bench(args: &Bench) -> Result<()> {
 /// The report, and the failure to end with if a case failed. One that was refused is said in the report, unless it was the
 /// only one.
 fn measure(args: &Bench, cases: &[Case], done: impl Fn()) -> Result<(Report, Option<Failure>)> {
-    let bencher = Bencher::new(args, cases)?;
-    let mut report = bencher.report();
-    let mut failed = None;
+    let mut bencher = Bencher::new(args, cases)?;
+    let (mut rows, mut refused, mut failed) = (Vec::new(), Vec::new(), None);
     for case in cases {
         match bencher.measure(case) {
-            Ok(rows) => report.rows.extend(rows),
+            Ok(measured) => rows.extend(measured),
             Err(failure) if cases.len() == 1 => return Err(failure),
             Err(failure) => {
-                report.refused.push(Refused::new(case, failure.to_string()));
+                refused.push(Refused::new(case, failure.to_string()));
                 if matches!(failure, Failure::Run(_)) {
                     failed = Some(failure);
                 }
@@ -72,9 +71,9 @@ fn measure(args: &Bench, cases: &[Case], done: impl Fn()) -> Result<(Report, Opt
         }
         done();
     }
-    match report.refused.first() {
-        Some(refused) if report.rows.is_empty() => Err(failed.unwrap_or(Failure::Input(refused.why.clone()))),
-        _ => Ok((report, failed)),
+    match refused.first() {
+        Some(first) if rows.is_empty() => Err(failed.unwrap_or_else(|| Failure::Input(first.why.clone()))),
+        _ => Ok((bencher.report(rows, refused), failed)),
     }
 }
 

@@ -55,7 +55,8 @@ fn number(row: &Value, field: &str) -> f64 {
 #[test]
 fn every_row_is_there_and_its_figures_fit_each_other() {
     let results = Results::new();
-    let report = results.measured(&format!("--seq 64,96 --ulysses 2 --ring 2 --mask causal --backward --packed {TINY}"));
+    let report =
+        results.measured(&format!("--seq 64,96 --ulysses 2 --ring 2 --mask causal --backward --packed {TINY}"));
     assert_eq!(report["schema"], "longspan-bench/1");
     assert_eq!(rows(&report).len(), 2 * 2 * 3, "lengths x packings x passes");
     let peak = report["peak"]["flops_per_second"][0].as_f64().expect("a CPU has a peak");

@@ -267,7 +267,7 @@ impl<B: Backend> EngineOf<B> {
         self.upload(&tensor).map(Some)
     }
 
-    fn download(&self, from: &OnDevice<B::Device>) -> Result<Tensor> {
+    pub(crate) fn download(&self, from: &OnDevice<B::Device>) -> Result<Tensor> {
         let mut tensor = Tensor::zeros(from.at.dtype(), from.at.extent());
         self.member.device.download(&self.stream, from.view()?, tensor.bytes_mut(), self.limit)?;
         Ok(tensor)

@@ -6,7 +6,7 @@ use longspan::{DeviceInfo, Engine, Error, Extra, Pass, Peak, Plan, Problem, Work
 
 use crate::args::Bench;
 use crate::bench::cases::Case;
-use crate::bench::record::{PeakRecord, Report, Row, SCHEMA, Shape, name};
+use crate::bench::record::{PeakRecord, Refused, Report, Row, SCHEMA, Shape, name};
 use crate::conformance::today;
 use crate::failure::{Failure, Result};
 use crate::{doctor, engine, job};
@@ -20,7 +20,10 @@ pub struct Bencher<'a> {
     /// A case, for what all have in common.
     first: &'a Case,
     devices: Vec<DeviceInfo>,
+    /// The best of all measurements so far: what runs beside only takes away.
     peak: Result<Vec<Peak>, String>,
+    /// Load of the host before the run.
+    load: Option<f64>,
     limit: Duration,
 }
 
@@ -42,53 +45,69 @@ struct Rank {
 }
 
 impl<'a> Bencher<'a> {
-    /// Finds the devices that `cases` need and measures their peaks.
+    /// Finds the devices that `cases` need.
     ///
     /// # Errors
-    /// [`Failure::Input`] without such a device; [`Failure::Run`].
+    /// [`Failure::Input`] if the backend or a device cannot be had; [`Failure::Run`].
     pub fn new(args: &'a Bench, cases: &'a [Case]) -> Result<Self> {
         let first = cases.first().ok_or_else(|| Failure::Input("there is nothing to measure".into()))?;
         let limit = Duration::from_secs(args.limit);
         let ranks = cases.iter().map(|c| c.mesh().size() as usize).max().unwrap_or(1);
         let mut devices = longspan::devices(&args.backend)?;
         devices.truncate(ranks);
-        let dtype = first.problem.dtype;
-        let peak = match longspan::on_devices(&args.backend, devices.len(), limit, |engine| engine.peak(dtype)) {
-            Ok(peaks) => Ok(peaks),
-            Err(e @ (Error::Unavailable { .. } | Error::Unsupported { .. })) => Err(e.to_string()),
-            Err(e) => return Err(e.into()),
-        };
-        Ok(Self { args, first, devices, peak, limit })
+        Ok(Self { args, first, devices, peak: Ok(Vec::new()), load: load(), limit })
     }
 
-    /// A report without rows.
-    pub fn report(&self) -> Report {
-        let record = |peaks: &Vec<Peak>| PeakRecord {
-            flops_per_second: peaks.iter().map(|p| p.flops_per_second).collect(),
-            how: peaks.first().map_or(String::new(), |p| p.how.clone()),
-        };
+    /// The report of `rows`, and of what was refused.
+    pub fn report(self, mut rows: Vec<Row>, refused: Vec<Refused>) -> Report {
+        let peaks: &[Peak] = self.peak.as_deref().unwrap_or_default();
+        for row in &mut rows {
+            let peak: f64 = peaks.iter().take(row.devices).map(|p| p.flops_per_second).sum();
+            row.share_of_peak = (peak > 0.0).then(|| row.flops_per_second / peak);
+        }
+        let how = peaks.first().map(|p| p.how.clone());
         Report {
             schema: SCHEMA.to_owned(),
             program: format!("longspan {}", env!("CARGO_PKG_VERSION")),
             date: today(),
             machine: doctor::machine_line(),
+            load: self.load,
             backend: self.args.backend.clone(),
             devices: self.devices.iter().map(|d| d.name.clone()).collect(),
             exchange: self.args.exchange.map_or("default", |e| e.name()).to_owned(),
             problem: shape(self.args, self.first),
             repeat: self.args.repeat,
-            peak: self.peak.as_ref().ok().map(record),
+            peak: how
+                .map(|how| PeakRecord { flops_per_second: peaks.iter().map(|p| p.flops_per_second).collect(), how }),
             peak_missing: self.peak.as_ref().err().cloned(),
-            rows: Vec::new(),
-            refused: Vec::new(),
+            rows,
+            refused,
         }
+    }
+
+    /// Measures the devices' peaks once more, unless that cannot be done.
+    fn measure_peak(&mut self) -> Result<()> {
+        let Ok(best) = &mut self.peak else { return Ok(()) };
+        let dtype = self.first.problem.dtype;
+        match longspan::on_devices(&self.args.backend, self.devices.len(), self.limit, |engine| engine.peak(dtype)) {
+            Ok(peaks) if best.is_empty() => *best = peaks,
+            Ok(peaks) => {
+                for (best, peak) in best.iter_mut().zip(peaks) {
+                    best.flops_per_second = best.flops_per_second.max(peak.flops_per_second);
+                }
+            }
+            Err(e @ (Error::Unavailable { .. } | Error::Unsupported { .. })) => self.peak = Err(e.to_string()),
+            Err(e) => return Err(e.into()),
+        }
+        Ok(())
     }
 
     /// A row for each pass of `case`.
     ///
     /// # Errors
     /// [`Failure::Input`] if the backend refuses the case; [`Failure::Run`].
-    pub fn measure(&self, case: &Case) -> Result<Vec<Row>> {
+    pub fn measure(&mut self, case: &Case) -> Result<Vec<Row>> {
+        self.measure_peak()?;
         let alone = self.alone(case)?;
         let body = |engine: &mut dyn Engine| rank(case, self.args.repeat, engine);
         let ranks = engine::done(longspan::on_ranks_within(&self.args.backend, case.mesh(), self.limit, body)?)?;
@@ -120,7 +139,6 @@ impl<'a> Bencher<'a> {
         let (median_s, devices) = (median(&slowest), self.used(case));
         let flops = flops(case, ranks.iter().map(|rank| rank.pairs).sum(), pass);
         let flops_per_second = flops / median_s.max(f64::MIN_POSITIVE);
-        let peak = |p: &Vec<Peak>| p.iter().take(devices).map(|p| p.flops_per_second).sum::<f64>();
         let sent_bytes = ranks.iter().map(|rank| rank.passes[i].sent).sum::<u64>();
         let exchange: f64 = ranks.iter().map(|rank| rank.passes[i].exchange.as_secs_f64()).sum();
         let fullest = ranks.iter().max_by_key(|rank| rank.peak);
@@ -137,7 +155,7 @@ impl<'a> Bencher<'a> {
             slowest_s: seconds(slowest.iter().max()),
             flops,
             flops_per_second,
-            share_of_peak: self.peak.as_ref().ok().map(|p| flops_per_second / peak(p)),
+            share_of_peak: None, // once the peak is known
             alone_s,
             overlap_efficiency: alone_s.map(|alone| alone / median_s.max(f64::MIN_POSITIVE)),
             sent_bytes,
@@ -148,6 +166,11 @@ impl<'a> Bencher<'a> {
             kernels: ranks.first().map_or(Vec::new(), |rank| rank.passes[i].kernels.clone()),
         }
     }
+}
+
+/// Processes that were running or wanted to, on average over the last minute, where the system tells.
+fn load() -> Option<f64> {
+    std::fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
 }
 
 /// What is measured of a problem, in order.

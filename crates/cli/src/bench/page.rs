@@ -212,6 +212,7 @@ mod tests {
             program: "longspan 0".to_owned(),
             date: "2026-01-02".to_owned(),
             machine: "a host & <more>".to_owned(),
+            load: Some(3.0),
             backend: "cpu".to_owned(),
             devices: vec!["a device".to_owned()],
             exchange: "default".to_owned(),
@@ -243,7 +244,11 @@ mod tests {
         let page = html(&report);
         let body = page.split("id=\"rows\"").nth(1).and_then(|t| t.split("</table>").next()).expect("the table");
         assert_eq!(body.matches("<tr>").count(), 1 + report.rows.len());
-        assert!(page.contains("a host &amp; &lt;more&gt;") && page.contains("a &lt; b") && page.contains("a&lt;b&gt;"));
+        assert!(
+            page.contains("a host &amp; &lt;more&gt;; load 3.0")
+                && page.contains("a &lt; b")
+                && page.contains("a&lt;b&gt;")
+        );
         for absent in ["<script", "http:", "https:", "url(", "@import"] {
             assert!(!page.contains(absent), "{absent}");
         }

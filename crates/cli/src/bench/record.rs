@@ -20,6 +20,8 @@ pub struct Report {
     pub date: String,
     /// The host, in one line.
     pub machine: String,
+    /// Processes that ran or wanted to on the host before the run, on average over a minute; absent where nobody tells.
+    pub load: Option<f64>,
     /// What `--backend` was.
     pub backend: String,
     /// Names of the devices that were used, in order.

@@ -47,7 +47,7 @@ pub fn facts(report: &Report) -> Vec<(&'static str, String)> {
     let mut facts = vec![
         ("backend", format!("{}, exchange {}", report.backend, report.exchange)),
         ("devices", devices(&report.devices)),
-        ("host", report.machine.clone()),
+        ("host", host(report)),
         (
             "shape",
             format!(
@@ -67,6 +67,18 @@ pub fn facts(report: &Report) -> Vec<(&'static str, String)> {
     facts.push(("peak", peak(report)));
     facts.push(("run", format!("{}, {}, median of {}", report.date, report.program, report.repeat)));
     facts
+}
+
+/// The host, and a warning if others used it.
+fn host(report: &Report) -> String {
+    match report.load {
+        Some(load) if load >= 0.5 => format!(
+            "{}; load {load:.1} before the run: other work ran beside it, so rates are lower bounds, and small differences mean \
+             nothing",
+            report.machine
+        ),
+        _ => report.machine.clone(),
+    }
 }
 
 fn peak(report: &Report) -> String {
@@ -109,8 +121,11 @@ pub fn text(report: &Report) -> String {
 
 /// How far the fastest and the slowest repetition are from the median.
 fn spread(row: &Row) -> String {
-    let from = |x: f64| 100.0 * (x / row.median_s.max(f64::MIN_POSITIVE) - 1.0);
-    format!("{:+.1} {:+.1} %", from(row.fastest_s), from(row.slowest_s))
+    let from = |x: f64| match 100.0 * (x / row.median_s.max(f64::MIN_POSITIVE) - 1.0) {
+        percent if percent.abs() < 10.0 => format!("{percent:+.1}"),
+        percent => format!("{percent:+.0}"),
+    };
+    format!("{} {} %", from(row.fastest_s), from(row.slowest_s))
 }
 
 /// Operations per second with a unit: `52.1 GFLOP/s`, `612 TFLOP/s`.

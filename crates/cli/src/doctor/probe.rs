@@ -73,7 +73,7 @@ fn table(findings: &[Finding]) -> String {
         let (found, text) = match &finding.state {
             Ok(text) => ("yes", text.clone()),
             // Why is a list of every place that was tried; the table of files has said where it is.
-            Err(Error::Unavailable { how_to_get_it, why, .. }) if why.len() > 200 => ("no", how_to_get_it.clone()),
+            Err(Error::Unavailable { how_to_get_it, why, .. }) if why.len() > 100 => ("no", how_to_get_it.clone()),
             Err(Error::Unavailable { how_to_get_it, why, .. }) => ("no", format!("{why}. To get it: {how_to_get_it}")),
             Err(other) => ("no", other.to_string()),
         };
@@ -107,7 +107,7 @@ mod tests {
             Finding::new("x", Err(Error::Unavailable { library, why: why.to_owned(), how_to_get_it }))
         };
         let text =
-            table(&[missing("it is not there"), missing(&"y".repeat(300)), Finding::new("GPU 0", Ok("good".into()))]);
+            table(&[missing("it is not there"), missing(&"y".repeat(101)), Finding::new("GPU 0", Ok("good".into()))]);
         assert_eq!(text.matches("install x").count(), 2, "{text}");
         assert!(text.contains("it is not there") && !text.contains("yyyy") && text.contains("good"), "{text}");
     }
