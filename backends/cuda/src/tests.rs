@@ -85,7 +85,7 @@ fn findings_say_what_is_missing_and_how_to_get_it() {
         match &finding.state {
             Ok(text) => assert!(text.contains("lib"), "its path: {text}"),
             Err(Error::Unavailable { how_to_get_it, .. }) => {
-                assert!(how_to_get_it.contains("install"), "{how_to_get_it}")
+                assert!(how_to_get_it.contains("install"), "{how_to_get_it}");
             }
             Err(other) => panic!("{what}: {other}"),
         }

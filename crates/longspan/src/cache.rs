@@ -19,11 +19,10 @@ pub struct KernelCache {
 
 /// The kernels of every backend that was compiled in and keeps some.
 pub fn kernel_caches() -> Vec<KernelCache> {
-    #[allow(unused_mut)] // no such backend, no push
-    let mut caches = Vec::new();
-    #[cfg(feature = "cuda")]
-    caches.push(of(&cuda(), cuda().figures()));
-    caches
+    Vec::from([
+        #[cfg(feature = "cuda")]
+        of(&cuda(), cuda().figures()),
+    ])
 }
 
 /// Removes them; says what was removed.
@@ -31,11 +30,10 @@ pub fn kernel_caches() -> Vec<KernelCache> {
 /// # Errors
 /// [`longspan_hal::Error::Invalid`] naming the first file that can't be removed.
 pub fn clear_kernel_caches() -> Result<Vec<KernelCache>> {
-    #[allow(unused_mut)] // no such backend, no push
-    let mut caches = Vec::new();
-    #[cfg(feature = "cuda")]
-    caches.push(of(&cuda(), cuda().clear()?));
-    Ok(caches)
+    Ok(Vec::from([
+        #[cfg(feature = "cuda")]
+        of(&cuda(), cuda().clear()?),
+    ]))
 }
 
 #[cfg(feature = "cuda")]
