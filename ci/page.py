@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Looks at a page of `longspan bench` in headless Chromium, as ci/page.sh does.
+"""Looks at pages of `longspan bench` in headless Chromium, as ci/page.sh does.
 
-    page.py PAGE.html RESULTS.json [FOLDER]
+    page.py FOLDER NAME...      FOLDER/NAME.html against FOLDER/NAME.json; screenshots go to FOLDER
 
 Checks, at 360 and at 1280 CSS pixels, light and dark: nothing on the console, no request but for the page itself, no
 horizontal overflow, as many rows in the table as in the JSON, every picture has a size, and text can be told from what is
-behind it. With FOLDER, screenshots are left there. Needs chromium and chromedriver; nothing of Python's but its own library.
+behind it. Needs chromium and chromedriver; nothing of Python's but its own library.
 """
 
 import base64
@@ -107,8 +107,9 @@ def requests(port, session, page):
     return [url for url in asked if url != page and not url.startswith("data:")]
 
 
-def look(port, session, page, name, rows, folder):
+def look(port, session, page, name):
     """Faults of the page on this screen, in both schemes."""
+    rows = len(json.loads(page.with_suffix(".json").read_text())["rows"])
     faults, papers = [], set()
     for scheme in SCHEMES:
         devtools(port, session, "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -117,34 +118,30 @@ def look(port, session, page, name, rows, folder):
         papers.add(seen["paper"])
         console = [entry["message"] for entry in call(port, "POST", f"{session}/se/log", {"type": "browser"})]
         asked = requests(port, session, page.as_uri())
-        where = f"{name}, {scheme}"
+        where = f"{page.name}, {name}, {scheme}"
         for wrong, what in [
             (seen["width"] != SIZES[name][0], f"the screen is {seen['width']} wide"),
             (seen["scroll"] > seen["width"], f"{seen['scroll']} pixels on a screen of {seen['width']}: {seen['wide'][:5]}"),
             (seen["wide"], f"reach beyond the screen: {seen['wide'][:5]}"),
             (seen["rows"] != rows, f"{seen['rows']} rows in the table, {rows} in the JSON"),
             (not seen["pictures"], "there is no picture"),
-            (any(min(size) < 100 for size in seen["pictures"]), f"pictures are small: {seen['pictures']}"),
+            (any(min(size) < 60 for size in seen["pictures"]), f"pictures are small: {seen['pictures']}"),
             (seen["faint"], f"text is faint: {seen['faint'][:5]}"),
             (console, f"the console says {console}"),
             (asked, f"the page asked for {asked}"),
         ]:
             if wrong:
                 faults.append(f"{where}: {what}")
-        if folder:
-            shot = devtools(port, session, "Page.captureScreenshot", captureBeyondViewport=True)
-            (folder / f"{name}-{scheme}.png").write_bytes(base64.b64decode(shot["data"]))
+        shot = devtools(port, session, "Page.captureScreenshot", captureBeyondViewport=True)
+        page.with_name(f"{page.stem}-{name}-{scheme}.png").write_bytes(base64.b64decode(shot["data"]))
     if len(papers) != len(SCHEMES):
-        faults.append(f"{name}: light and dark look the same")
+        faults.append(f"{page.name}, {name}: light and dark look the same")
     return faults
 
 
 def main():
-    page, results = (pathlib.Path(p).resolve() for p in sys.argv[1:3])
-    folder = pathlib.Path(sys.argv[3]) if len(sys.argv) > 3 else None
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    rows = len(json.loads(results.read_text())["rows"])
+    folder = pathlib.Path(sys.argv[1]).resolve()
+    pages = [folder / f"{name}.html" for name in sys.argv[2:]]
     faults = []
     with tempfile.TemporaryDirectory() as work, open(pathlib.Path(work) / "log", "w") as log:
         process, port = driver(log)
@@ -152,7 +149,8 @@ def main():
             for name, size in SIZES.items():
                 session = browser(port, f"{work}/{name}", size)
                 try:
-                    faults += look(port, session, page, name, rows, folder)
+                    for page in pages:
+                        faults += look(port, session, page, name)
                 finally:
                     call(port, "DELETE", session)
         finally:
@@ -160,9 +158,8 @@ def main():
             process.wait(10)
     for fault in faults:
         print(fault)
-    looks = len(SIZES) * len(SCHEMES)
-    print(f"{page.name}: {looks} looks, {len(faults)} faults, {rows} rows")
-    sys.exit(1 if faults else 0)
+    print(f"{len(pages) * len(SIZES) * len(SCHEMES)} looks at {len(pages)} pages, {len(faults)} faults")
+    sys.exit(1 if faults or not pages else 0)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,16 @@ have)
     have
     ;;
 look)
-    program=$(realpath "../$2")
-    mkdir -p "../$3"
-    cd "../$3"
+    program=../$2
+    folder=../$3
+    mkdir -p "$folder"
     shape="--heads 2 --head-dim 16 --mask causal --layout zigzag --backward --packed --repeat 1"
     # shellcheck disable=SC2086 # words, not one word
     {
-        "$program" bench $shape --seq 256 --sweep S,U,R --ulysses 2 --ring 2 --json sweep.json --html sweep.html >/dev/null
-        "$program" bench $shape --seq 64 --ulysses 2 --json single.json --html single.html >/dev/null
-    }
-    for page in sweep single; do
-        python3 "$OLDPWD/page.py" $page.html $page.json "$page"
-    done
+        "$program" bench $shape --seq 256 --sweep S,R --ring 2 --json "$folder/sweep.json" --html "$folder/sweep.html"
+        "$program" bench $shape --seq 64 --ulysses 2 --json "$folder/single.json" --html "$folder/single.html"
+    } >/dev/null
+    python3 page.py "$folder" sweep single
     ;;
 *)
     echo "usage: ci/page.sh have | look PROGRAM FOLDER" >&2
