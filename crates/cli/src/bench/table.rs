@@ -20,6 +20,9 @@ pub const COLUMNS: [&str; 13] = [
     "kernel",
 ];
 
+/// Load of a host before the run from which on figures are doubtful.
+const BUSY: f64 = 0.5;
+
 /// The cells of a row, as [`COLUMNS`] has them.
 pub fn cells(row: &Row) -> [String; 13] {
     let share = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{:.1} %", 100.0 * x));
@@ -47,7 +50,7 @@ pub fn facts(report: &Report) -> Vec<(&'static str, String)> {
     let mut facts = vec![
         ("backend", format!("{}, exchange {}", report.backend, report.exchange)),
         ("devices", devices(&report.devices)),
-        ("host", host(report)),
+        ("host", report.machine.clone()),
         (
             "shape",
             format!(
@@ -65,20 +68,12 @@ pub fn facts(report: &Report) -> Vec<(&'static str, String)> {
         facts.push(("options", options.join(", ")));
     }
     facts.push(("peak", peak(report)));
+    if let Some(load) = report.load.filter(|load| *load >= BUSY) {
+        let what = "other work ran beside it: rates are lower bounds, small differences mean nothing";
+        facts.push(("load", format!("{load:.1} before the run; {what}")));
+    }
     facts.push(("run", format!("{}, {}, median of {}", report.date, report.program, report.repeat)));
     facts
-}
-
-/// The host, and a warning if others used it.
-fn host(report: &Report) -> String {
-    match report.load {
-        Some(load) if load >= 0.5 => format!(
-            "{}; load {load:.1} before the run: other work ran beside it, so rates are lower bounds, and small differences mean \
-             nothing",
-            report.machine
-        ),
-        _ => report.machine.clone(),
-    }
 }
 
 fn peak(report: &Report) -> String {
