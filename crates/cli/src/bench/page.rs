@@ -245,7 +245,8 @@ mod tests {
         let body = page.split("id=\"rows\"").nth(1).and_then(|t| t.split("</table>").next()).expect("the table");
         assert_eq!(body.matches("<tr>").count(), 1 + report.rows.len());
         assert!(
-            page.contains("a host &amp; &lt;more&gt;; load 3.0")
+            page.contains("a host &amp; &lt;more&gt;")
+                && page.contains("3.0 before the run")
                 && page.contains("a &lt; b")
                 && page.contains("a&lt;b&gt;")
         );
