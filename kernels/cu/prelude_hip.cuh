@@ -198,11 +198,8 @@ DEVICE void copy_async16(u32 to, const void *from, bool valid) {
     if (valid) x = *static_cast<const uint4 *>(from);
     store_shared4(to, x.x, x.y, x.z, x.w);
 }
-DEVICE void barrier() {
-    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
-    __builtin_amdgcn_s_barrier();
-    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
-}
+// Orders shared memory only: a fence would also wait for the loads that travel to registers meanwhile.
+DEVICE void barrier() { asm volatile("s_waitcnt lgkmcnt(0)\n\ts_barrier" : : : "memory"); }
 
 // ---- device memory ----
 

@@ -12,7 +12,7 @@ use crate::driver::{Address, Driver, Handle, PoolProperties};
 use crate::event::{Event, Events};
 use crate::grave::Grave;
 use crate::jit::Jit;
-use crate::machine::{Asked, Machine};
+use crate::machine::Machine;
 use crate::staging::Pinned;
 use crate::sync::{Deadline, lock};
 
@@ -263,14 +263,7 @@ impl Context {
     pub(crate) fn unreachable(&self, devices: &[u32]) -> Result<Option<(u32, u32)>> {
         for &a in devices {
             for &b in devices.iter().filter(|b| **b != a) {
-                let (mut from, mut to, mut can) = (0, 0, 0);
-                for (device, ordinal) in [(&mut from, a), (&mut to, b)] {
-                    // SAFETY: `device` is written.
-                    self.check(unsafe { self.driver.device(device, ordinal as i32) })?;
-                }
-                // SAFETY: `can` is written.
-                self.check(unsafe { self.driver.can_access_peer(&mut can, from, to) })?;
-                if can == 0 {
+                if !self.machine.reaches(self.driver, a, b)? {
                     return Ok(Some((a, b)));
                 }
             }
@@ -310,12 +303,7 @@ impl Context {
 impl Figures {
     fn of(machine: &Machine, driver: &Driver, device: i32, name: String, memory_bytes: u64) -> Result<Self> {
         let codes = machine.facts().codes;
-        let ask = |attribute: i32| -> Result<u32> {
-            let mut value = 0;
-            // SAFETY: `value` is written.
-            machine.check(driver, unsafe { driver.device_attribute(&mut value, attribute, device) })?;
-            Ok(u32::try_from(value).unwrap_or(0))
-        };
+        let ask = |attribute: i32| machine.ask(driver, device, attribute);
         if ask(codes.pools)? == 0 {
             return Err(Error::Unavailable {
                 library: format!("{name} as a device with memory pools"),
@@ -323,18 +311,10 @@ impl Figures {
                 how_to_get_it: "use a newer driver, outside of a restricted virtual machine".to_owned(),
             });
         }
-        let [major, minor] = [ask(codes.capability[0])?, ask(codes.capability[1])?];
         let mut driver_version = 0;
         // SAFETY: `driver_version` is written.
         machine.check(driver, unsafe { driver.version(&mut driver_version) })?;
-        let asked = Asked {
-            major,
-            minor,
-            block_bytes: ask(codes.block_bytes)?,
-            unit_bytes: ask(codes.unit_bytes)?,
-            arch: driver.arch_name(device)?,
-            name,
-        };
+        let asked = machine.asked(driver, device, name)?;
         let (arch, target) = (machine.facts().target)(&asked)?;
         Ok(Self {
             name: asked.name,

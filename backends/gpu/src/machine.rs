@@ -6,12 +6,13 @@ use std::fmt::Debug;
 use std::sync::{Mutex, OnceLock};
 
 use longspan_dylib::{Library, Search};
-use longspan_hal::{DeviceInfo, Error, Result};
+use longspan_hal::{DeviceInfo, Error, Result, Transport};
 use longspan_kernels::{Prelude, Target};
 
 use crate::compiler::Compiler;
 use crate::context::Context;
 use crate::driver::{Driver, Flavor};
+use crate::gemm::{Functions, Products};
 use crate::group::Groups;
 use crate::nccl::Nccl;
 use crate::sync::lock;
@@ -23,6 +24,16 @@ pub trait Vendor: Debug + Send + Sync + 'static {
 
     /// Its one machine.
     fn machine() -> &'static Machine;
+
+    /// Its library of matrix products, against which the device's peak is measured.
+    fn products() -> Option<Products> {
+        None
+    }
+
+    /// What the installed driver calls itself, where the system tells.
+    fn driver_release() -> Option<String> {
+        None
+    }
 }
 
 /// A vendor's facts, and what of it is loaded in this process.
@@ -32,6 +43,8 @@ pub struct Machine {
     driver: OnceLock<Result<Driver>>,
     compiler: OnceLock<Result<Compiler>>,
     nccl: OnceLock<Result<Nccl>>,
+    products: OnceLock<Result<Functions>>,
+    transport: Mutex<Option<Transport>>,
     contexts: Mutex<BTreeMap<u32, &'static Context>>,
     pub(crate) groups: Groups,
 }
@@ -141,6 +154,8 @@ impl Machine {
             driver: OnceLock::new(),
             compiler: OnceLock::new(),
             nccl: OnceLock::new(),
+            products: OnceLock::new(),
+            transport: Mutex::new(None),
             contexts: Mutex::new(BTreeMap::new()),
             groups: Groups::new(),
         }
@@ -201,6 +216,24 @@ impl Machine {
         self.nccl.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
+    /// The library of matrix products, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub(crate) fn products(&self, of: &Products) -> Result<&Functions> {
+        self.products.get_or_init(|| of.load(self)).as_ref().map_err(Clone::clone)
+    }
+
+    /// How messages are to travel, if that was said.
+    pub(crate) fn transport(&self) -> Option<Transport> {
+        *lock(&self.transport)
+    }
+
+    /// Says how messages of later groups are to travel.
+    pub(crate) fn set_transport(&self, wanted: Transport) {
+        *lock(&self.transport) = Some(wanted);
+    }
+
     /// The context of device `ordinal`. It lives as long as the process: its kernels stay loaded.
     ///
     /// # Errors
@@ -238,6 +271,63 @@ impl Machine {
         self.check(driver, unsafe { driver.device_name(name.as_mut_ptr().cast(), 255, device) })?;
         let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
         Ok(DeviceInfo::new(ordinal, String::from_utf8_lossy(&name[..end]), bytes as u64))
+    }
+
+    /// Architecture and number of multiprocessors of a device, without a context on it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub(crate) fn arch(&self, driver: &Driver, ordinal: u32) -> Result<(String, u32)> {
+        let device = self.device(driver, ordinal)?;
+        let units = self.ask(driver, device, self.facts.codes.units)?;
+        Ok(((self.facts.target)(&self.asked(driver, device, String::new())?)?.0, units))
+    }
+
+    /// A figure of a device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub(crate) fn ask(&self, driver: &Driver, device: i32, attribute: i32) -> Result<u32> {
+        let mut value = 0;
+        // SAFETY: `value` is written.
+        self.check(driver, unsafe { driver.device_attribute(&mut value, attribute, device) })?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    }
+
+    /// What a device, called `name`, says of itself.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], [`Error::Unavailable`].
+    pub(crate) fn asked(&self, driver: &Driver, device: i32, name: String) -> Result<Asked> {
+        let (codes, ask) = (&self.facts.codes, |attribute| self.ask(driver, device, attribute));
+        Ok(Asked {
+            major: ask(codes.capability[0])?,
+            minor: ask(codes.capability[1])?,
+            block_bytes: ask(codes.block_bytes)?,
+            unit_bytes: ask(codes.unit_bytes)?,
+            arch: driver.arch_name(device)?,
+            name,
+        })
+    }
+
+    /// Whether device `a` can access memory of device `b`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub(crate) fn reaches(&self, driver: &Driver, a: u32, b: u32) -> Result<bool> {
+        let (from, to) = (self.device(driver, a)?, self.device(driver, b)?);
+        let mut can = 0;
+        // SAFETY: `can` is written.
+        self.check(driver, unsafe { driver.can_access_peer(&mut can, from, to) })?;
+        Ok(can != 0)
+    }
+
+    /// The driver's number of device `ordinal`.
+    fn device(&self, driver: &Driver, ordinal: u32) -> Result<i32> {
+        let mut device = 0;
+        // SAFETY: `device` is written.
+        self.check(driver, unsafe { driver.device(&mut device, ordinal as i32) })?;
+        Ok(device)
     }
 
     /// An error for what a call of the driver returned, unless that is 0.

@@ -17,6 +17,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use longspan_gpu::{Asked, Codes, Facts, Flavor, GpuBackend, Machine, Place, Vendor};
+pub use longspan_gpu::{Cache, CacheFigures};
 use longspan_hal::{Error, Result};
 use longspan_kernels::{Prelude, Target};
 
