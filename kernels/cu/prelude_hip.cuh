@@ -89,7 +89,9 @@ DEVICE float shuffle_xor(float x, int mask) {
     return __builtin_bit_cast(float, __builtin_amdgcn_ds_bpermute((lane_index() ^ mask) * 4, __builtin_bit_cast(int, x)));
 }
 DEVICE bool any_lane(bool x) {
-#if defined(__GFX9__)
+#if defined(__GFX9__) && !__has_builtin(__builtin_amdgcn_ballot_w64)  // compilers before ROCm 6
+    return __builtin_amdgcn_uicmp(x, 0, 33) != 0;
+#elif defined(__GFX9__)
     return __builtin_amdgcn_ballot_w64(x) != 0;
 #else
     return __builtin_amdgcn_ballot_w32(x) != 0;
@@ -105,8 +107,13 @@ DEVICE void warp_barrier() {
 
 // ---- mathematics ----
 
+#if __has_builtin(__builtin_amdgcn_exp2f)
 DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
 DEVICE float log2_fast(float x) { return __builtin_amdgcn_logf(x); }
+#else  // compilers before ROCm 6
+DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
+DEVICE float log2_fast(float x) { return __builtin_log2f(x); }
+#endif
 DEVICE float natural_log(float x) { return __builtin_logf(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float divide_fast(float x, float y) { return x * __builtin_amdgcn_rcpf(y); }

@@ -13,9 +13,14 @@ const fn lanes(target: Target) -> u32 {
     if matches!(target.family, Family::Rdna) { 32 } else { 64 }
 }
 
-/// A head size as tiles have it: RDNA's waves share large heads, in four parts.
+/// A head size as tiles have it: RDNA's waves share large heads, in two or four parts.
 const fn tiled(size: usize, target: Target) -> u32 {
-    padded(size, if matches!(target.family, Family::Rdna) && size > 128 { 64 } else { 16 })
+    let step = match (target.family, size) {
+        (Family::Rdna, 97..=128) => 32,
+        (Family::Rdna, 129..) => 64,
+        _ => 16,
+    };
+    padded(size, step)
 }
 
 /// As [`Specialization::forward`].

@@ -59,3 +59,45 @@ fn architectures_without_kernels_are_refused_with_those_that_have_some() {
     let text = target(&asked("gfx908")).expect_err("no kernels").to_string();
     assert!(text.contains("gfx908") && text.contains("gfx90a") && text.contains("gfx110x"), "{text}");
 }
+
+/// Where a real HIP runtime is installed but no GPU, as Debian's libamdhip64 is in CI: it is loaded, and says that there is no
+/// device.
+#[test]
+fn a_runtime_without_a_device_says_so() {
+    let search = Search { what: "libamdhip64", candidates: runtime(), beside: &[], how_to_get_it: "ROCm" };
+    let Ok(library) = Library::open(&search) else { return };
+    if has_gpu() {
+        return;
+    }
+    Driver::load(library, Flavor::Hip).expect("it has every function");
+    let text = Rocm::devices().expect_err("there is no GPU").to_string();
+    assert!(text.contains("hipInit failed with code 10"), "{text}");
+}
+
+/// Where hipRTC is installed (it needs no GPU): kernels compile for gfx90a, which Debian's of 2022 knows too.
+#[test]
+fn the_compiler_makes_machine_code_for_gfx90a() {
+    use longspan_hal::{DType, Spec};
+    use longspan_kernels::{Specialization, View};
+    let Ok(compiler) = Amd::machine().compiler() else { return };
+    let known = Target::amd("gfx90a", 64 << 10, 64 << 10).expect("known");
+    let view = View { aligned: true };
+    let spec = |dtype| Spec::new(dtype, 1, [64, 64], [2, 1], 64);
+    let bf16 = spec(DType::Bf16).with_softcap(Some(20.0)).with_deterministic(true);
+    let kernels = [
+        Specialization::forward("rocm", &spec(DType::F16), known, view),
+        Specialization::backward("rocm", &spec(DType::Bf16), known, view),
+        Specialization::backward_dq("rocm", &bf16, known, view),
+        Specialization::forward("rocm", &spec(DType::F32), known, view),
+        Ok(Specialization::copy(16)),
+    ];
+    for kernel in kernels {
+        let kernel = kernel.expect("supported");
+        let mut options = vec!["--offload-arch=gfx90a".to_owned()];
+        options.extend(FACTS.flags.iter().map(|flag| (*flag).to_owned()));
+        options.extend(kernel.defines.iter().map(|d| format!("-D{d}")));
+        let code = compiler.compile(&kernel.source.text(Prelude::Hip), kernel.source.file, &options);
+        let code = code.unwrap_or_else(|e| panic!("{}: {e}", kernel.name()));
+        assert!(code.starts_with(b"\x7fELF") || code.starts_with(b"__CLANG_OFFLOAD_BUNDLE__"), "{}", kernel.name());
+    }
+}
