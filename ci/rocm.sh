@@ -15,7 +15,7 @@ suite() {
 case "${1:-emulator}" in
 gpu)
     cargo build --release -p longspan-cli --features rocm
-    ./target/release/longspan doctor --backend rocm || ./target/release/longspan doctor
+    ./target/release/longspan doctor
     LONGSPAN_GPU=1 LONGSPAN_REQUIRE=rocm LONGSPAN_JSON=$PWD/rocm.json suite
     if (($(ls -d /sys/class/kfd/kfd/topology/nodes/*/ 2>/dev/null | wc -l) > 2)); then
         LONGSPAN_GPU=1 LONGSPAN_EXCHANGE=nccl LONGSPAN_RANKS=2 LONGSPAN_FILTER='collective/*' suite

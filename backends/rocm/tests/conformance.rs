@@ -40,6 +40,15 @@ fn main() -> ExitCode {
             // SAFETY: no other thread runs yet.
             unsafe { std::env::set_var(library, &emulator) };
         }
+        if std::env::var_os("LONGSPAN_CACHE").is_none() {
+            // Machine code for this machine's CPU: not into the user's cache.
+            // SAFETY: as above.
+            unsafe { std::env::set_var("LONGSPAN_CACHE", emulator.with_file_name("emulated-kernels")) };
+        }
+        if std::env::var_os("LONGSPAN_LOUD").is_none() {
+            // SAFETY: as above.
+            unsafe { std::env::set_var("LONGSPAN_QUIET", "1") };
+        }
     }
     let number = |name: &str| variable(name).and_then(|n| n.parse::<usize>().ok());
     let mut options = Options { name: "rocm".into(), filter: variable("LONGSPAN_FILTER"), ..Options::default() };
