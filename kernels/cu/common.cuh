@@ -72,12 +72,13 @@ DEVICE Index index_of(u64 i, const u32 (&extent)[4], u32 units) {
 struct Place {
     u32 tile, head;
 };
-DEVICE Place place(const Problem &p, u32 heads) {
-    u32 block = block_index(), per_section = p.section * p.tile_count;
+DEVICE Place place_of(const Problem &p, u32 heads, u32 block) {
+    u32 per_section = p.section * p.tile_count;
     u32 section = block / per_section, rest = block - section * per_section;
     u32 first = section * p.section, size = heads - first < p.section ? heads - first : p.section;
     return {rest / size, first + rest % size};
 }
+DEVICE Place place(const Problem &p, u32 heads) { return place_of(p, heads, block_index()); }
 
 DEVICE u32 kv_head(const Problem &p, u32 head) { return (p.head_first + head) / p.group - p.kv_first; }
 

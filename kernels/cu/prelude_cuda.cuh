@@ -137,6 +137,9 @@ DEVICE void add_global2(float *at, float x, float y, bool valid) {
 #endif
 }
 
+// The counter's value before it grew by 1.
+DEVICE u32 take_number(u32 *counter) { return atomicAdd(counter, 1u); }
+
 // ---- the compiler ----
 
 // A value that the compiler must not know: what follows from it is computed where it is used, not held in registers.

@@ -144,6 +144,25 @@ impl ForwardParams {
     pub const STORE: u32 = 2;
 }
 
+/// A `CUtensorMap`, as the driver encodes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C, align(64))]
+pub struct TensorMap(pub [u64; 16]);
+
+/// Parameter of an `attention_forward` that takes tensor maps (see [`crate::Specialization::box_rows`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct MappedForwardParams {
+    /// Maps of queries (boxes of a tile's rows), keys and values.
+    pub maps: [TensorMap; 3],
+    /// What the other kernels take.
+    pub call: ForwardParams,
+    /// Device address of a u32 that is 0 before and after the launch.
+    pub counter: u64,
+    /// Padding, 0.
+    pub unused: [u64; 3],
+}
+
 /// Parameter of `attention_backward` (key tiles) and `attention_backward_dq` (query tiles).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
@@ -287,6 +306,7 @@ const _: () = {
     assert!(size_of::<Piece>() == 56);
     assert!(size_of::<Problem>() == 120);
     assert!(size_of::<ForwardParams>() == 416);
+    assert!(size_of::<MappedForwardParams>() == 832);
     assert!(size_of::<BackwardParams>() == 416);
     assert!(size_of::<PrepareParams>() == 248);
     assert!(size_of::<AccumulateParams>() == 32 + 32 * MAX_TERMS + 24);

@@ -7,8 +7,8 @@ use std::fmt::Write as _;
 
 use longspan_hal::{DType, Error, Result, Spec, Strided};
 
-use crate::Source;
 use crate::source::fnv1a;
+use crate::{Source, hopper};
 
 /// Largest head size.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -22,12 +22,14 @@ pub struct Target {
     pub block_bytes: u32,
     /// Shared memory of one multiprocessor, in bytes; each resident block takes 1 KiB more than it asks for.
     pub unit_bytes: u32,
+    /// It has warpgroup products and tensor copies (sm_90a), and they may be used.
+    pub flash3: bool,
 }
 
 impl Target {
     /// A target from the device's own figures (`MAX_SHARED_MEMORY_PER_BLOCK_OPTIN`, `..._PER_MULTIPROCESSOR`).
     pub const fn new(arch: u32, block_bytes: u32, unit_bytes: u32) -> Self {
-        Self { arch, block_bytes, unit_bytes }
+        Self { arch, block_bytes, unit_bytes, flash3: arch == 90 }
     }
 
     /// The figures of a known NVIDIA architecture; of the smallest one for those unknown.
@@ -40,7 +42,7 @@ impl Target {
         Self::new(arch, (unit - 1) << 10, unit << 10)
     }
 
-    fn fits(&self, bytes: u32, blocks: u32) -> bool {
+    pub(crate) fn fits(&self, bytes: u32, blocks: u32) -> bool {
         bytes <= self.block_bytes && (bytes + 1024) * blocks <= self.unit_bytes
     }
 }
@@ -50,6 +52,8 @@ impl Target {
 pub struct View {
     /// All pointers and strides of the call allow 16-byte access to 16-bit elements: see [`View::of`].
     pub aligned: bool,
+    /// Tensor maps can be made of them: aligned, and no axis longer than 1 has stride 0.
+    pub mapped: bool,
 }
 
 impl View {
@@ -67,7 +71,13 @@ impl View {
                     && d % 8 == 0
                     && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
         };
-        Self { aligned: views.into_iter().all(whole) }
+        let steps = |v: &Strided| v.extent().iter().zip(v.strides()).all(|(n, step)| *n <= 1 || step > 0);
+        let (mut aligned, mut stepping) = (true, true);
+        for view in views {
+            aligned &= whole(view);
+            stepping &= steps(view);
+        }
+        Self { aligned, mapped: aligned && stepping }
     }
 }
 
@@ -86,6 +96,9 @@ pub struct Specialization {
     pub shared_bytes: u32,
     /// Rows of a tile: what to give to [`crate::WorkList`]; 0 for kernels without tiles.
     pub rows: u32,
+    /// Rows that the kernel takes at once of the tensors that a tile walks along: box of their tensor maps. 0: it takes no
+    /// tensor maps, and a block a tile.
+    pub box_rows: u32,
 }
 
 impl Specialization {
@@ -112,6 +125,9 @@ impl Specialization {
         if spec.dtype == DType::F32 {
             return fma(Source::FMA_FORWARD, &["attention_forward"], spec);
         }
+        if let Some(kernel) = hopper::forward(spec, target, view) {
+            return Ok(kernel);
+        }
         let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = forward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
         let rows = tile.warps * tile.m_tiles * 16;
@@ -133,6 +149,7 @@ impl Specialization {
             threads: tile.warps * 32,
             shared_bytes: tile.bytes(d, dv),
             rows,
+            box_rows: 0,
         })
     }
 
@@ -171,6 +188,7 @@ impl Specialization {
             threads: tile.key_warps * tile.split * 32,
             shared_bytes: tile.bytes(d, dv, dq),
             rows: tile.keys(),
+            box_rows: 0,
         })
     }
 
@@ -206,6 +224,7 @@ impl Specialization {
             threads: tile.warps * 32,
             shared_bytes: tile.bytes(d, dv),
             rows: tile.warps * 16,
+            box_rows: 0,
         })
     }
 
@@ -234,7 +253,7 @@ impl Specialization {
     fn plain(source: Source, entries: &'static [&'static str], mut defines: Vec<String>, threads: u32) -> Self {
         defines.extend(["SOFTCAP=0", "ALIBI=0", "DROPOUT=0", "TRANSFORM=0", "EXACT=0", "ALIGNED=0"].map(str::to_owned));
         defines.push(format!("THREADS={threads}"));
-        Self { source, entries, defines, threads, shared_bytes: 0, rows: 0 }
+        Self { source, entries, defines, threads, shared_bytes: 0, rows: 0, box_rows: 0 }
     }
 }
 
@@ -270,7 +289,7 @@ fn no_tile(backend: &'static str, spec: &Spec) -> Error {
     }
 }
 
-const fn padded(size: usize, to: usize) -> u32 {
+pub(crate) const fn padded(size: usize, to: usize) -> u32 {
     (size.div_ceil(to) * to) as u32
 }
 
@@ -291,7 +310,7 @@ const fn io(dtype: DType) -> &'static str {
     }
 }
 
-fn attention_defines(spec: &Spec, d: u32, dv: u32, aligned: bool) -> Vec<String> {
+pub(crate) fn attention_defines(spec: &Spec, d: u32, dv: u32, aligned: bool) -> Vec<String> {
     let on = u32::from;
     let exact = d as usize == spec.head_dim && dv as usize == spec.head_dim_v;
     vec![
@@ -491,5 +510,5 @@ fn fma(source: Source, entries: &'static [&'static str], spec: &Spec) -> Result<
     let mut defines = attention_defines(spec, d, dv, false);
     defines.push(format!("PARTIAL={}", u32::from(spec.partial)));
     defines.push(format!("SHARED_BYTES={}", 4 * floats));
-    Ok(Specialization { source, entries, defines, threads: 128, shared_bytes: 4 * floats, rows })
+    Ok(Specialization { source, entries, defines, threads: 128, shared_bytes: 4 * floats, rows, box_rows: 0 })
 }

@@ -1,0 +1,75 @@
+//! Specializations for Hopper's warpgroup products and tensor copies (sm_90a): `cu/sm90_*.cu`.
+//!
+//! Accumulators of a consumer warpgroup's 64 rows take `head_dim_v / 2` registers a thread, scores `keys / 2`, probabilities
+//! half of that; with two consumers and a producer a thread has 232. Then shared memory: Q once or twice, K and V twice.
+
+use longspan_hal::{DType, Spec};
+
+use crate::specialize::{attention_defines, padded};
+use crate::{Source, Specialization, Target, View};
+
+/// The forward on this target, if it is one and the views allow tensor maps.
+pub(crate) fn forward(spec: &Spec, target: Target, view: View) -> Option<Specialization> {
+    if !usable(spec, target, view) {
+        return None;
+    }
+    let (d, dv) = (padded(spec.head_dim, 16), padded(spec.head_dim_v, 16));
+    let tile = ForwardTile::of(d, dv, target)?;
+    let mut defines = attention_defines(spec, d, dv, true);
+    defines.extend([
+        format!("PARTIAL={}", u32::from(spec.partial)),
+        format!("BLOCK_N={}", tile.keys),
+        format!("GROUPS={GROUPS}"),
+        "STAGES=2".to_owned(),
+        format!("Q_STAGES={}", tile.q_stages),
+        "TURNS=0".to_owned(),
+        "REGISTERS=232".to_owned(),
+        "PRODUCER_REGISTERS=40".to_owned(),
+        format!("SHARED_BYTES={}", tile.bytes(d, dv)),
+    ]);
+    Some(Specialization {
+        source: Source::SM90_FORWARD,
+        entries: &["attention_forward"],
+        defines,
+        threads: 128 * (GROUPS + 1),
+        shared_bytes: tile.bytes(d, dv),
+        rows: 64 * GROUPS,
+        box_rows: tile.keys,
+    })
+}
+
+/// Consumer warpgroups.
+const GROUPS: u32 = 2;
+
+fn usable(spec: &Spec, target: Target, view: View) -> bool {
+    let whole = spec.head_dim.is_multiple_of(8) && spec.head_dim_v.is_multiple_of(8);
+    target.flash3 && view.mapped && whole && spec.dtype != DType::F32
+}
+
+/// Bytes of a tile: panels of 64 columns.
+const fn tile_bytes(rows: u32, dim: u32) -> u32 {
+    rows * 128 * dim.div_ceil(64)
+}
+
+struct ForwardTile {
+    keys: u32,
+    q_stages: u32,
+}
+
+impl ForwardTile {
+    fn of(d: u32, dv: u32, target: Target) -> Option<Self> {
+        let keys: &[u32] = match d.max(dv) {
+            ..=128 => &[128],
+            129..=192 => &[112, 96],
+            _ => &[80],
+        };
+        let mut tiles = keys.iter().flat_map(|&keys| [2, 1].map(|q_stages| Self { keys, q_stages }));
+        tiles.find(|t| target.fits(t.bytes(d, dv), 1))
+    }
+
+    fn bytes(&self, d: u32, dv: u32) -> u32 {
+        let (barriers, descriptions) = (128, 4 * 96);
+        let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
+        self.q_stages * tile_bytes(64 * GROUPS, d) + 2 * keys + barriers + descriptions
+    }
+}
