@@ -38,6 +38,35 @@ pub(crate) fn forward(spec: &Spec, target: Target, view: View) -> Option<Special
     })
 }
 
+/// dk and dv, and dq where it is added by bulk copies, on this target, if it is one and the views allow tensor maps.
+pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specialization> {
+    let (d, dv) = (padded(spec.head_dim, 64), padded(spec.head_dim_v, 64));
+    if !usable(spec, target, view) || d.max(dv) > 128 {
+        return None;
+    }
+    let dq = Specialization::atomics(spec);
+    let tile = BackwardTile { queries: if d + dv == 128 { 128 } else { 64 } };
+    let mut defines = attention_defines(spec, d, dv, true);
+    defines.extend([
+        format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
+        format!("DQ={}", u32::from(dq)),
+        format!("BLOCK_M={}", tile.queries),
+        "STAGES=2".to_owned(),
+        "REGISTERS=232".to_owned(),
+        "PRODUCER_REGISTERS=40".to_owned(),
+        format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
+    ]);
+    Some(Specialization {
+        source: Source::SM90_BACKWARD,
+        entries: &["attention_backward"],
+        defines,
+        threads: 128 * (GROUPS + 1),
+        shared_bytes: tile.bytes(d, dv, dq),
+        rows: 64 * GROUPS,
+        box_rows: tile.queries,
+    })
+}
+
 /// Consumer warpgroups.
 const GROUPS: u32 = 2;
 
@@ -71,5 +100,19 @@ impl ForwardTile {
         let (barriers, descriptions) = (128, 4 * 96);
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
         self.q_stages * tile_bytes(64 * GROUPS, d) + 2 * keys + barriers + descriptions
+    }
+}
+
+struct BackwardTile {
+    queries: u32,
+}
+
+impl BackwardTile {
+    fn bytes(&self, d: u32, dv: u32, dq: bool) -> u32 {
+        let keys = tile_bytes(64 * GROUPS, d) + tile_bytes(64 * GROUPS, dv);
+        let queries = tile_bytes(self.queries, d) + tile_bytes(self.queries, dv);
+        let (ds, sums) = (2 * tile_bytes(64 * GROUPS, self.queries), 4 * self.queries * d);
+        let (statistics, barriers, descriptions) = (2 * 2 * self.queries * 4, 160, 4 * 72);
+        keys + 2 * queries + u32::from(dq) * (ds + sums) + statistics + barriers + descriptions
     }
 }

@@ -202,6 +202,18 @@ impl BackwardParams {
     pub const ADD_DQ: u32 = 4;
 }
 
+/// Parameter of an `attention_backward` that takes tensor maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct MappedBackwardParams {
+    /// Maps of queries, keys, values, gradient of the output (boxes of 64 columns) and f32 gradient of the queries (32).
+    pub maps: [TensorMap; 5],
+    /// What the other kernels take.
+    pub call: BackwardParams,
+    /// Padding, 0.
+    pub unused: [u64; 4],
+}
+
 /// Parameter of `prepare_delta` and `prepare_dsinks`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
@@ -308,6 +320,7 @@ const _: () = {
     assert!(size_of::<ForwardParams>() == 416);
     assert!(size_of::<MappedForwardParams>() == 832);
     assert!(size_of::<BackwardParams>() == 416);
+    assert!(size_of::<MappedBackwardParams>() == 1088);
     assert!(size_of::<PrepareParams>() == 248);
     assert!(size_of::<AccumulateParams>() == 32 + 32 * MAX_TERMS + 24);
     assert!(size_of::<Region>() == 80);

@@ -46,6 +46,8 @@ sources! {
     SM80_BACKWARD_DQ = "sm80_attention_backward_dq.cu";
     /// `attention_forward` for 16-bit elements.
     SM80_FORWARD = "sm80_attention_forward.cu";
+    /// `attention_backward` for 16-bit elements on sm_90a.
+    SM90_BACKWARD = "sm90_attention_backward.cu" with "prelude_sm90.cuh";
     /// `attention_forward` for 16-bit elements on sm_90a.
     SM90_FORWARD = "sm90_attention_forward.cu" with "prelude_sm90.cuh";
 }

@@ -163,6 +163,9 @@ impl Specialization {
         if spec.dtype == DType::F32 {
             return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
         }
+        if let Some(kernel) = hopper::backward(spec, target, view) {
+            return Ok(kernel);
+        }
         let (d, dv) = (tiled(spec.head_dim, 32), tiled(spec.head_dim_v, 32));
         let dq = Self::atomics(spec);
         let tile = backward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
