@@ -1,9 +1,9 @@
 // Attention forward over slices on Hopper's warpgroup products (16-bit elements, f32 accumulation). Mathematics, lazy
 // rescaling and the partial's form are those of sm80_attention_forward.cu.
 //
-//   one resident block per multiprocessor; its warps have three roles:
-//     producer (one warp)           for each tile of query rows that it gets from a common counter (longest first), for each
-//                                   block of BLOCK_N keys of the tile's pieces:
+//   one resident block per multiprocessor; its warps have these roles:
+//     planner (one warp)            gets tiles of query rows from a common counter (longest first), ahead of time
+//     producer (one warp)           for each tile, for each block of BLOCK_N keys of the tile's pieces:
 //                                       wait until a stage is free; describe the block; start the copies of Q, K, V
 //     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
 //                                       S = Q K_n^T and acc += P V_{n-1} are started       (P in registers)
@@ -55,20 +55,30 @@ enum : u32 {
 };
 struct Block {
     Piece piece;
-    i32 key;
-    u32 flags;
-    u32 head, q_stage;
     Tile tile;
+    i32 key;
+    u32 flags, head, q_stage;
 };
 static_assert(sizeof(Block) == 96, "layout");
 constexpr int BLOCKS = 4;  // more than STAGES: a description is read until the block's last product
 static_assert(STAGES < BLOCKS, "descriptions");
 
-// Memory barriers, then descriptions of blocks.
+// What the planner tells about a tile.
+struct Work {
+    Piece first;
+    Tile tile;
+    u32 head, kv, end, unused;  // end: no more work
+};
+static_assert(sizeof(Work) == 96, "layout");
+constexpr int WORKS = 2;
+constexpr int PIECE_WORDS = sizeof(Piece) / 4, TILE_WORDS = sizeof(Tile) / 4;
+
+// Memory barriers, then descriptions of blocks and tiles.
 constexpr u32 FULL_K = WORDS_AT, FULL_V = FULL_K + 8 * STAGES, FREE_K = FULL_V + 8 * STAGES, FREE_V = FREE_K + 8 * STAGES;
 constexpr u32 FULL_Q = FREE_V + 8 * STAGES, FREE_Q = FULL_Q + 8 * Q_STAGES, RAW_V = FREE_Q + 8 * Q_STAGES;
-constexpr u32 BLOCKS_AT = WORDS_AT + 128;
-static_assert(RAW_V + 8 <= BLOCKS_AT && BLOCKS_AT + BLOCKS * sizeof(Block) == SHARED_BYTES, "shared memory");
+constexpr u32 FULL_W = RAW_V + 8, FREE_W = FULL_W + 8 * WORKS;
+constexpr u32 BLOCKS_AT = WORDS_AT + 160, WORKS_AT = BLOCKS_AT + BLOCKS * sizeof(Block);
+static_assert(FREE_W + 8 * WORKS <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
 
 // ---- the producer ----
 
@@ -84,23 +94,22 @@ struct Producer {
     DEVICE u32 free_parity(u32 turn) { return turn / STAGES & 1 ^ 1; }
 
     // Copies Q of a tile.
-    DEVICE void queries(const Tile &tile, u32 head) {
+    DEVICE void queries(const Work &work) {
         const u32 stage = tiles % Q_STAGES;
         barrier_wait(base + FREE_Q + 8 * stage, tiles / Q_STAGES & 1 ^ 1);
-        if (lane == 0) {
-            barrier_expect(base + FULL_Q + 8 * stage, Q_BYTES);
-            UNROLL for (int i = 0; i < PANELS; ++i)
-                copy_box(base + stage * Q_BYTES + i * Q_PANEL, &p.q, {64 * i, int(tile.row0), int(head), int(tile.batch)},
-                         base + FULL_Q + 8 * stage);
-        }
+        if (lane != 0) return;
+        barrier_expect(base + FULL_Q + 8 * stage, Q_BYTES);
+        UNROLL for (int i = 0; i < PANELS; ++i)
+            copy_box(base + stage * Q_BYTES + i * Q_PANEL, &p.q,
+                     {64 * i, int(work.tile.row0), int(work.head), int(work.tile.batch)}, base + FULL_Q + 8 * stage);
     }
 
     // Bits of the groups that must mask.
-    DEVICE u32 masked(const Tile &tile, const Piece &piece, int key) {
+    DEVICE u32 masked(int row0, const Piece &piece, int key) {
         u32 flags = 0;
         const int last_key = key + BLOCK_N - 1;
         UNROLL for (int g = 0; g < GROUPS; ++g) {
-            const int first = tile.row0 + 64 * g, last = first + 63;
+            const int first = row0 + 64 * g, last = first + 63;
             if (last_key >= piece.k1 || last_key - first > piece.hi || key - last < piece.lo) flags |= MASKED << g;
         }
         return flags;
@@ -126,20 +135,28 @@ struct Producer {
         if (lane == 0) barrier_arrive(full);
     }
 
-    // Describes a block and copies its K, and V of the block before.
-    DEVICE void keys(const Tile &tile, u32 head, u32 kv, const Piece &piece, int key, u32 flags) {
+    // Describes a block and copies its K, and V of the block before. A lane writes a word of the description.
+    DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
         const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
+        flags |= masked(work.tile.row0, piece, key);
+        const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? u32(key)
+                         : lane == PIECE_WORDS + TILE_WORDS + 1 ? flags
+                         : lane == PIECE_WORDS + TILE_WORDS + 2 ? work.head
+                                                                : tiles % Q_STAGES;
+        const u32 *from = lane < PIECE_WORDS ? reinterpret_cast<const u32 *>(&piece) + lane
+                                             : reinterpret_cast<const u32 *>(&work.tile) + lane - PIECE_WORDS;
+        const u32 word = lane < PIECE_WORDS + TILE_WORDS ? *from : last;
         barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
+        if (lane < int(sizeof(Block) / 4)) reinterpret_cast<u32 *>(memory + BLOCKS_AT + turn % BLOCKS * sizeof(Block))[lane] = word;
+        __syncwarp();
         if (lane == 0) {
-            reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS] =
-                {piece, key, flags | masked(tile, piece, key), head, tiles % Q_STAGES, tile};
             barrier_expect(full, K_BYTES);
             UNROLL for (int i = 0; i < PANELS; ++i)
-                copy_box(base + K_AT + s * K_BYTES + i * KEY_PANEL, &p.k, {64 * i, key, int(kv), int(tile.batch)}, full);
+                copy_box(base + K_AT + s * K_BYTES + i * KEY_PANEL, &p.k, {64 * i, key, int(work.kv), int(work.tile.batch)}, full);
         }
-        if (flags & FIRST) queries(tile, head);
+        if (flags & FIRST) queries(work);
         if (turn > 0) values();
-        value_batch = tile.batch, value_head = kv, value_key = key, value_end = piece.k1;
+        value_batch = work.tile.batch, value_head = work.kv, value_key = key, value_end = piece.k1;
         ++turn;
     }
 
@@ -153,63 +170,89 @@ struct Producer {
         if (turn > 0) values();
     }
 
-    // The results of a tile that sees no key: what an earlier call left, or nothing.
-    DEVICE void settle(const Tile &t, u32 head) {
-        const ForwardParams &c = p.call;
-        const bool load = PARTIAL && (c.stage & 1), store = PARTIAL && (c.stage & 2);
-        if (load && store) return;
-        const int dim = c.problem.head_dim_v;
-        const float sink =
-            c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
-        for (u32 row = t.row0; row < t.row0 + t.rows; ++row) {
-            if (store) {
-                for (int i = lane; i < dim; i += WARP) at<float>(c.acc, t.batch, row, head)[i] = 0.0f;
-                if (lane == 0) *at<float>(c.m, t.batch, row, head) = -INFINITY_F;
-                if (lane == 0) *at<float>(c.l, t.batch, row, head) = 0.0f;
-                continue;
-            }
-            const float m = load ? *at<const float>(c.m, t.batch, row, head) * LOG2E : -INFINITY_F;
-            const float before = load ? *at<const float>(c.l, t.batch, row, head) : 0.0f;
-            const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
-            const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
-            const float factor = l == 0.0f ? 0.0f : by / l;
-            for (int i = lane; i < dim; i += WARP)
-                at<u16>(c.out, t.batch, row, head)[i] =
-                    narrow(load ? at<const float>(c.acc, t.batch, row, head)[i] * factor : 0.0f);
-            if (lane == 0) *at<float>(c.lse, t.batch, row, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
-        }
-    }
-
     DEVICE void run() {
-        const Problem &problem = p.call.problem;
-        const Piece *pieces = reinterpret_cast<const Piece *>(problem.pieces);
-        const u32 total = problem.tile_count * problem.heads;
-        u32 index = block_index();
-        while (index < total) {
-            const Place where = place_of(problem, problem.heads, index);
-            const Tile tile = reinterpret_cast<const Tile *>(problem.tiles)[where.tile];
-            const u32 kv = kv_head(problem, where.head);
-            for (u32 i = tile.first; i < tile.first + tile.count; ++i) {
-                const Piece piece = pieces[i];
-                for (int key = piece.k0; key < piece.k1; key += BLOCK_N) {
-                    const bool first = i == tile.first && key == piece.k0;
-                    const bool last = i + 1 == tile.first + tile.count && key + BLOCK_N >= piece.k1;
-                    keys(tile, where.head, kv, piece, key, (first ? FIRST : 0) | (last ? LAST : 0));
+        const Piece *pieces = reinterpret_cast<const Piece *>(p.call.problem.pieces);
+        for (;; ++tiles) {
+            barrier_wait(base + FULL_W + 8 * (tiles % WORKS), tiles / WORKS & 1);
+            const Work &work = reinterpret_cast<const Work *>(memory + WORKS_AT)[tiles % WORKS];
+            if (work.end) break;
+            for (u32 i = 0; i < work.tile.count; ++i) {
+                const Piece &piece = i == 0 ? work.first : pieces[work.tile.first + i];
+                const int end = piece.k1;
+                u32 flags = i == 0 ? FIRST : 0;
+                for (int key = piece.k0; key < end; key += BLOCK_N) {
+                    if (i + 1 == work.tile.count && key + BLOCK_N >= end) flags |= LAST;
+                    keys(work, piece, key, flags);
+                    flags = 0;
                 }
             }
-            if (tile.count)
-                ++tiles;
-            else
-                settle(tile, where.head);
-            u32 taken = 0;
-            if (lane == 0) taken = take_number(reinterpret_cast<u32 *>(p.counter));
-            index = gridDim.x + uniform(taken);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + FREE_W + 8 * (tiles % WORKS));
         }
-        // The last of all blocks to come here makes the counter 0 again.
-        if (lane == 0 && index == total + gridDim.x - 1) *reinterpret_cast<u32 *>(p.counter) = 0;
         end();
     }
 };
+
+// ---- the planner ----
+
+// The results of a tile that sees no key: what an earlier call left, or nothing.
+DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
+    const bool load = PARTIAL && (c.stage & 1), store = PARTIAL && (c.stage & 2);
+    if (load && store) return;
+    const int dim = c.problem.head_dim_v;
+    const float sink =
+        c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
+    for (u32 row = t.row0; row < t.row0 + t.rows; ++row) {
+        if (store) {
+            for (int i = lane; i < dim; i += WARP) at<float>(c.acc, t.batch, row, head)[i] = 0.0f;
+            if (lane == 0) *at<float>(c.m, t.batch, row, head) = -INFINITY_F;
+            if (lane == 0) *at<float>(c.l, t.batch, row, head) = 0.0f;
+            continue;
+        }
+        const float m = load ? *at<const float>(c.m, t.batch, row, head) * LOG2E : -INFINITY_F;
+        const float before = load ? *at<const float>(c.l, t.batch, row, head) : 0.0f;
+        const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
+        const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
+        const float factor = l == 0.0f ? 0.0f : by / l;
+        for (int i = lane; i < dim; i += WARP)
+            at<u16>(c.out, t.batch, row, head)[i] =
+                narrow(load ? at<const float>(c.acc, t.batch, row, head)[i] * factor : 0.0f);
+        if (lane == 0) *at<float>(c.lse, t.batch, row, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+    }
+}
+
+DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, int lane) {
+    const Problem &problem = p.call.problem;
+    const u32 total = problem.tile_count * problem.heads;
+    u32 index = block_index(), count = 0;
+    while (true) {
+        const bool end = index >= total;
+        const Place where = end ? Place{0, 0} : place_of(problem, problem.heads, index);
+        const Tile *tile = reinterpret_cast<const Tile *>(problem.tiles) + where.tile;
+        if (!end && tile->count == 0) {
+            settle(p.call, *tile, where.head, lane);
+        } else {
+            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (end ? 0 : tile->first));
+            const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? where.head
+                             : lane == PIECE_WORDS + TILE_WORDS + 1 ? kv_head(problem, where.head)
+                                                                    : u32(end);
+            const u32 *from = lane < PIECE_WORDS ? piece + lane : reinterpret_cast<const u32 *>(tile) + lane - PIECE_WORDS;
+            const u32 word = !end && lane < PIECE_WORDS + TILE_WORDS ? *from : last;
+            barrier_wait(base + FREE_W + 8 * (count % WORKS), count / WORKS & 1 ^ 1);
+            if (lane < int(sizeof(Work) / 4))
+                reinterpret_cast<u32 *>(memory + WORKS_AT + count % WORKS * sizeof(Work))[lane] = word;
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + FULL_W + 8 * (count % WORKS));
+            ++count;
+        }
+        if (end) return;
+        u32 taken = 0;
+        if (lane == 0) taken = take_number(reinterpret_cast<u32 *>(p.counter));
+        index = gridDim.x + uniform(taken);
+        // The last of all blocks to come here makes the counter 0 again.
+        if (lane == 0 && index == total + gridDim.x - 1) *reinterpret_cast<u32 *>(p.counter) = 0;
+    }
+}
 
 // ---- the consumers ----
 
@@ -533,12 +576,17 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
             barrier_init(base + FREE_Q + 8 * i, 4 * GROUPS);
         }
         barrier_init(base + RAW_V, 1);
+        UNROLL for (int i = 0; i < WORKS; ++i) {
+            barrier_init(base + FULL_W + 8 * i, 1);
+            barrier_init(base + FREE_W + 8 * i, 1);
+        }
         fence_proxy();
     }
     barrier();
     if (group == GROUPS) {
         registers_less<PRODUCER_REGISTERS>();
         if (warp % 4 == 0) Producer{p, memory, base, int(threadIdx.x % WARP)}.run();
+        if (warp % 4 == 1) plan(p, memory, base, int(threadIdx.x % WARP));
     } else {
         registers_more<REGISTERS>();
         const int lane = threadIdx.x % WARP;

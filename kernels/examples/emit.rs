@@ -52,17 +52,19 @@ struct Emit {
 impl Emit {
     fn case(&self, line: &str, slices: Vec<Slice>) -> Outcome<()> {
         let (name, spec, aligned) = case(line)?;
-        let flash3 = self.target.flash3 && !line.split_whitespace().any(|w| w == "kernel=flash2");
+        let word = |key: &str| line.split_whitespace().find_map(|w| w.strip_prefix(key)?.strip_prefix('='));
+        let flash3 = self.target.flash3 && word("kernel") != Some("flash2");
         let target = Target { flash3, ..self.target };
         let (view, slices) = (View { aligned, mapped: aligned }, Slices::new(&spec, slices)?);
-        let (forward, backward) = sections(&spec, 32 << 20);
+        let [forward, backward] = sections(&spec, 25 << 20);
+        let tall = |kernel: &Specialization| word("rows").map_or(kernel.rows, |w| w.parse().unwrap_or(kernel.rows));
         let kernel = Specialization::forward("emit", &spec, target, view)?;
-        self.with_list(&name, "forward", &kernel, &WorkList::by_queries(&spec, &slices, kernel.rows)?, forward)?;
+        self.with_list(&name, "forward", &kernel, &WorkList::by_queries(&spec, &slices, tall(&kernel), forward.batches)?, forward.heads)?;
         let kernel = Specialization::backward("emit", &spec, target, view)?;
-        self.with_list(&name, "backward", &kernel, &WorkList::by_keys(&spec, &slices, kernel.rows)?, backward)?;
+        self.with_list(&name, "backward", &kernel, &WorkList::by_keys(&spec, &slices, kernel.rows, backward.batches)?, backward.heads)?;
         if !Specialization::atomics(&spec) {
             let kernel = Specialization::backward_dq("emit", &spec, target, view)?;
-            self.with_list(&name, "dq", &kernel, &WorkList::by_queries(&spec, &slices, kernel.rows)?, forward)?;
+            self.with_list(&name, "dq", &kernel, &WorkList::by_queries(&spec, &slices, kernel.rows, forward.batches)?, forward.heads)?;
         }
         self.kernel(&name, "prepare", &Specialization::prepare(spec.dtype), 0, 0)?;
         self.kernel(&name, "accumulate", &Specialization::accumulate(spec.dtype), 0, 0)?;

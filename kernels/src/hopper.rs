@@ -87,17 +87,18 @@ struct ForwardTile {
 
 impl ForwardTile {
     fn of(d: u32, dv: u32, target: Target) -> Option<Self> {
-        let keys: &[u32] = match d.max(dv) {
-            ..=128 => &[128],
-            129..=192 => &[112, 96],
-            _ => &[80],
+        let tiles: &[(u32, u32)] = match d.max(dv) {
+            ..=64 => &[(192, 2)],
+            65..=128 => &[(160, 1)],
+            129..=192 => &[(112, 1), (96, 1)],
+            _ => &[(80, 1)],
         };
-        let mut tiles = keys.iter().flat_map(|&keys| [2, 1].map(|q_stages| Self { keys, q_stages }));
+        let mut tiles = tiles.iter().map(|&(keys, q_stages)| Self { keys, q_stages });
         tiles.find(|t| target.fits(t.bytes(d, dv), 1))
     }
 
     fn bytes(&self, d: u32, dv: u32) -> u32 {
-        let (barriers, descriptions) = (128, 4 * 96);
+        let (barriers, descriptions) = (160, 4 * 96 + 2 * 96);
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
         self.q_stages * tile_bytes(64 * GROUPS, d) + 2 * keys + barriers + descriptions
     }

@@ -260,15 +260,28 @@ impl Specialization {
     }
 }
 
-/// How many heads' tiles are neighbours in the grid, so that what they re-read stays in a cache of `cache` bytes:
-/// `(forward: query heads, backward: KV heads)`.
-pub fn sections(spec: &Spec, cache: usize) -> (u32, u32) {
+/// Neighbours in the grid, so that what their blocks re-read stays in a cache.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Section {
+    /// Heads whose tiles are neighbours: query heads of the forward, KV heads of the backward.
+    pub heads: u32,
+    /// Batch rows whose tiles are neighbours: see [`crate::WorkList`].
+    pub batches: u32,
+}
+
+/// Sections of the forward (and the dq kernel) and of the backward for a cache of `cache` bytes.
+pub fn sections(spec: &Spec, cache: usize) -> [Section; 2] {
     let size = spec.dtype.size();
-    let keys = (spec.k_rows * (spec.head_dim + spec.head_dim_v) * size).max(1);
+    let keys = spec.k_rows * (spec.head_dim + spec.head_dim_v) * size;
     let queries = spec.group * spec.q_rows * ((spec.head_dim + spec.head_dim_v) * size + 4 * spec.head_dim);
-    let forward = (cache / keys).max(1) * spec.group;
-    let backward = (cache / queries.max(1)).max(1);
-    (forward.clamp(1, spec.heads.max(1)) as u32, backward.clamp(1, spec.kv_heads.max(1)) as u32)
+    [(keys, spec.group, spec.heads), (queries, 1, spec.kv_heads)].map(|(bytes, group, heads)| {
+        let fit = (cache / bytes.max(1)).max(1);
+        let all = heads.div_ceil(group).max(1);
+        Section {
+            heads: (fit * group).clamp(1, heads.max(1)) as u32,
+            batches: (fit / all).clamp(1, spec.batch.max(1)) as u32,
+        }
+    })
 }
 
 fn head_sizes(backend: &'static str, spec: &Spec) -> Result<()> {

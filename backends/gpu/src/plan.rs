@@ -48,9 +48,11 @@ impl GpuPlan {
     pub(crate) fn new(device: &GpuDevice, on: &GpuStream, spec: &Spec, slices: &Slices) -> Result<Self> {
         let context = device.context();
         let kernels = Kernels::of(context, spec, View { aligned: true })?;
-        let dq = kernels.dq.as_ref().map(|k| WorkList::by_queries(spec, slices, k.rows)).transpose()?;
-        let forward = WorkList::by_queries(spec, slices, kernels.forward.rows)?;
-        let backward = WorkList::by_keys(spec, slices, kernels.backward.rows)?;
+        // Half of the cache: the other half is for what is written.
+        let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 2);
+        let of = |k: &Specialization| WorkList::by_queries(spec, slices, k.rows, by_queries.batches);
+        let (forward, dq) = (of(&kernels.forward)?, kernels.dq.as_ref().map(of).transpose()?);
+        let backward = WorkList::by_keys(spec, slices, kernels.backward.rows, by_keys.batches)?;
         let mut bytes = Vec::new();
         let mut lay = |list: &WorkList, section| {
             let tiles = bytes.len() as Address;
@@ -59,10 +61,8 @@ impl GpuPlan {
             bytes.extend_from_slice(piece_bytes(&list.pieces));
             Tiles { tiles, pieces, count: list.tiles.len() as u32, section }
         };
-        // Half of the cache: the other half is for what is written.
-        let (by_queries, by_keys) = sections(spec, context.figures.cache_bytes / 2);
-        let (mut forward, mut backward) = (lay(&forward, by_queries), lay(&backward, by_keys));
-        let mut dq = dq.map(|list| lay(&list, by_queries));
+        let (mut forward, mut backward) = (lay(&forward, by_queries.heads), lay(&backward, by_keys.heads));
+        let mut dq = dq.map(|list| lay(&list, by_queries.heads));
         let lists = device.alloc_bound(bytes.len())?;
         for list in [Some(&mut forward), Some(&mut backward), dq.as_mut()].into_iter().flatten() {
             list.tiles += lists.address();
