@@ -26,6 +26,7 @@ typedef long long i64;
 [[maybe_unused]] constexpr int WARP = 32;
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 

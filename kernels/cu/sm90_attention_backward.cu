@@ -137,9 +137,9 @@ struct Copier {
             barrier_wait(base + FREE_Q + 8 * s, parity);
             if (lane == 0) blocks[turn % BLOCKS] = {piece, query, masked(piece, query), head, 0};
             __syncwarp();
-            tile_to<BLOCK_M>(base + Q_AT + s * Q_BYTES, &p.q, PANELS, query, head, piece.q1 - query, base + FULL_Q + 8 * s);
+            tile_to<BLOCK_M>(base + Q_AT + s * Q_BYTES, &p.q, PANELS, query, head, piece.q_end - query, base + FULL_Q + 8 * s);
             barrier_wait(base + FREE_O + 8 * s, parity);
-            tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, piece.q1 - query, base + FULL_O + 8 * s);
+            tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, piece.q_end - query, base + FULL_O + 8 * s);
             ++turn;
         });
         const u32 s = turn % STAGES;

@@ -156,7 +156,7 @@ struct Producer {
         }
         if (flags & FIRST) queries(work);
         if (turn > 0) values();
-        value_batch = work.tile.batch, value_head = work.kv, value_key = key, value_end = piece.k1;
+        value_batch = work.tile.batch, value_head = work.kv, value_key = key, value_end = piece.k_end;
         ++turn;
     }
 
@@ -396,12 +396,15 @@ DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, flo
             l += exp2_fast(sink - top);
         }
         const int i = row + 8 * half;
-        if (i >= int(t.row0 + t.rows)) continue;
+        const bool inside = i < int(t.row0 + t.rows);
         const float factor = l == 0.0f ? 0.0f : by / l;
-        if (quad == 0) *at<float>(p.lse, t.batch, i, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
-        u16 *to = at<u16>(p.out, t.batch, i, head) + 2 * quad;
-        UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
-            store_pair(to + 8 * j, acc[j][2 * half] * factor, acc[j][2 * half + 1] * factor, dim - 8 * j - 2 * quad);
+        if (inside && quad == 0) *at<float>(p.lse, t.batch, i, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        const int left = inside ? dim : 0;
+        u16 *to = at<u16>(p.out, t.batch, i, head);
+        UNROLL for (int j = 0; j + 4 <= HEAD_DIM_V / 8; j += 4)
+            store_pairs(to + 8 * j, reinterpret_cast<const float(&)[4][4]>(acc[j]), half, factor, quad, left - 8 * j);
+        UNROLL for (int j = HEAD_DIM_V / 32 * 4; j < HEAD_DIM_V / 8; ++j)
+            store_pair(to + 8 * j + 2 * quad, acc[j][2 * half] * factor, acc[j][2 * half + 1] * factor, left - 8 * j - 2 * quad);
     }
 }
 

@@ -56,7 +56,7 @@ impl Emit {
         let flash3 = self.target.flash3 && word("kernel") != Some("flash2");
         let target = Target { flash3, ..self.target };
         let (view, slices) = (View { aligned, mapped: aligned }, Slices::new(&spec, slices)?);
-        let [forward, backward] = sections(&spec, 25 << 20);
+        let [forward, backward] = sections(&spec, 25 << 20, 132);
         let tall = |kernel: &Specialization| word("rows").map_or(kernel.rows, |w| w.parse().unwrap_or(kernel.rows));
         let kernel = Specialization::forward("emit", &spec, target, view)?;
         self.with_list(&name, "forward", &kernel, &WorkList::by_queries(&spec, &slices, tall(&kernel), forward.batches)?, forward.heads)?;
@@ -220,7 +220,8 @@ fn piece_bytes(list: &WorkList) -> Vec<u8> {
     let mut bytes = Vec::new();
     for p in &list.pieces {
         bytes.extend([p.q0, p.q1, p.k0, p.k1, p.lo, p.hi].iter().flat_map(|x| x.to_le_bytes()));
-        bytes.extend([p.q_pos, p.k_pos, p.q_step, p.k_step].iter().flat_map(|x| x.to_le_bytes()));
+        bytes.extend([p.q_pos, p.k_pos].iter().flat_map(|x| x.to_le_bytes()));
+        bytes.extend([p.q_step, p.k_step, p.q_end, p.k_end].iter().flat_map(|x| x.to_le_bytes()));
     }
     bytes
 }

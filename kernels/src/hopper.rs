@@ -14,26 +14,25 @@ pub(crate) fn forward(spec: &Spec, target: Target, view: View) -> Option<Special
         return None;
     }
     let (d, dv) = (padded(spec.head_dim, 16), padded(spec.head_dim_v, 16));
-    let tile = ForwardTile::of(d, dv, target)?;
+    let tile = ForwardTile::of(spec, d, dv, target)?;
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("PARTIAL={}", u32::from(spec.partial)),
         format!("BLOCK_N={}", tile.keys),
-        format!("GROUPS={GROUPS}"),
+        format!("GROUPS={}", tile.groups),
         "STAGES=2".to_owned(),
         format!("Q_STAGES={}", tile.q_stages),
         "TURNS=0".to_owned(),
-        "REGISTERS=232".to_owned(),
-        "PRODUCER_REGISTERS=40".to_owned(),
         format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
+    defines.extend(registers(tile.groups));
     Some(Specialization {
         source: Source::SM90_FORWARD,
         entries: &["attention_forward"],
         defines,
-        threads: 128 * (GROUPS + 1),
+        threads: 128 * (tile.groups + 1),
         shared_bytes: tile.bytes(d, dv),
-        rows: 64 * GROUPS,
+        rows: 64 * tile.groups,
         box_rows: tile.keys,
     })
 }
@@ -52,10 +51,9 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
         format!("DQ={}", u32::from(dq)),
         format!("BLOCK_M={}", tile.queries),
         "STAGES=2".to_owned(),
-        "REGISTERS=232".to_owned(),
-        "PRODUCER_REGISTERS=40".to_owned(),
         format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
     ]);
+    defines.extend(registers(GROUPS));
     Some(Specialization {
         source: Source::SM90_BACKWARD,
         entries: &["attention_backward"],
@@ -67,7 +65,13 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
     })
 }
 
-/// Consumer warpgroups.
+/// Registers of a thread of `groups` consumer warpgroups, and of the producer's: together at most what all have at entry.
+fn registers(groups: u32) -> [String; 2] {
+    let [consumer, producer] = if groups == 3 { [160, 32] } else { [232, 40] };
+    [format!("REGISTERS={consumer}"), format!("PRODUCER_REGISTERS={producer}")]
+}
+
+/// Consumer warpgroups of the backward.
 const GROUPS: u32 = 2;
 
 fn usable(spec: &Spec, target: Target, view: View) -> bool {
@@ -81,26 +85,34 @@ const fn tile_bytes(rows: u32, dim: u32) -> u32 {
 }
 
 struct ForwardTile {
+    groups: u32,
     keys: u32,
     q_stages: u32,
 }
 
 impl ForwardTile {
-    fn of(d: u32, dv: u32, target: Target) -> Option<Self> {
-        let tiles: &[(u32, u32)] = match d.max(dv) {
-            ..=64 => &[(192, 2)],
-            65..=128 => &[(160, 1)],
-            129..=192 => &[(112, 1), (96, 1)],
-            _ => &[(80, 1)],
+    fn of(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Self> {
+        let heavy = spec.alibi || spec.dropout.is_some();
+        let plain = !heavy && spec.softcap.is_none();
+        let tiles: &[[u32; 3]] = match d.max(dv) {
+            ..=128 if heavy => &[[2, 64, 2]],
+            ..=64 if plain => &[[3, 128, 2]],
+            ..=64 => &[[2, 128, 2]],
+            65..=128 if plain => &[[2, 160, 1]],
+            65..=128 => &[[2, 128, 2]],
+            129..=192 if heavy => &[[2, 64, 1]],
+            193.. if heavy => &[[2, 48, 1]],
+            129..=192 => &[[2, 112, 1], [2, 96, 1]],
+            _ => &[[2, 80, 1]],
         };
-        let mut tiles = tiles.iter().map(|&(keys, q_stages)| Self { keys, q_stages });
+        let mut tiles = tiles.iter().map(|&[groups, keys, q_stages]| Self { groups, keys, q_stages });
         tiles.find(|t| target.fits(t.bytes(d, dv), 1))
     }
 
     fn bytes(&self, d: u32, dv: u32) -> u32 {
         let (barriers, descriptions) = (160, 4 * 96 + 2 * 96);
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
-        self.q_stages * tile_bytes(64 * GROUPS, d) + 2 * keys + barriers + descriptions
+        self.q_stages * tile_bytes(64 * self.groups, d) + 2 * keys + barriers + descriptions
     }
 }
 

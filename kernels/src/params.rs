@@ -58,9 +58,13 @@ pub struct Piece {
     /// Global position of local key row 0 (extrapolated).
     pub k_pos: i64,
     /// Distance of the positions of neighbouring query rows.
-    pub q_step: i64,
+    pub q_step: i32,
     /// Distance of the positions of neighbouring key rows.
-    pub k_step: i64,
+    pub k_step: i32,
+    /// Query rows from `q1` up to here are selected somewhere, so they hold numbers; those after may hold anything.
+    pub q_end: i32,
+    /// The same of key rows.
+    pub k_end: i32,
 }
 
 /// The problem, as every attention kernel takes it.

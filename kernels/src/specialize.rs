@@ -269,19 +269,22 @@ pub struct Section {
     pub batches: u32,
 }
 
-/// Sections of the forward (and the dq kernel) and of the backward for a cache of `cache` bytes.
-pub fn sections(spec: &Spec, cache: usize) -> [Section; 2] {
-    let size = spec.dtype.size();
-    let keys = spec.k_rows * (spec.head_dim + spec.head_dim_v) * size;
-    let queries = spec.group * spec.q_rows * ((spec.head_dim + spec.head_dim_v) * size + 4 * spec.head_dim);
-    [(keys, spec.group, spec.heads), (queries, 1, spec.kv_heads)].map(|(bytes, group, heads)| {
-        let fit = (cache / bytes.max(1)).max(1);
+/// Sections of the forward (and the dq kernel) and of the backward for a cache of `cache` bytes on `units` multiprocessors:
+/// what the cache holds, but at least four tiles a multiprocessor, so that the longest tiles of the last section don't end
+/// long after the others.
+pub fn sections(spec: &Spec, cache: usize, units: u32) -> [Section; 2] {
+    let row = (spec.head_dim + spec.head_dim_v) * spec.dtype.size();
+    let (keys, queries) = (spec.k_rows * row, spec.group * spec.q_rows * (row + 4 * spec.head_dim));
+    let of = |bytes: usize, rows: usize, group: usize, heads: usize| {
+        let tiles = 4 * units as usize;
+        let fit = (cache / bytes.max(1)).max(tiles.div_ceil(rows.div_ceil(128).max(1) * group)).max(1);
         let all = heads.div_ceil(group).max(1);
         Section {
             heads: (fit * group).clamp(1, heads.max(1)) as u32,
             batches: (fit / all).clamp(1, spec.batch.max(1)) as u32,
         }
-    })
+    };
+    [of(keys, spec.q_rows, spec.group, spec.heads), of(queries, spec.k_rows, 1, spec.kv_heads)]
 }
 
 fn head_sizes(backend: &'static str, spec: &Spec) -> Result<()> {

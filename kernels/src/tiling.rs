@@ -35,7 +35,7 @@ impl WorkList {
     /// # Errors
     /// [`Error::Invalid`] if the tensors have over [`MAX_ROWS`] rows or there are over 2^32 tiles or pieces.
     pub fn by_queries(spec: &Spec, slices: &Slices, rows: u32, batches: u32) -> Result<Self> {
-        check(spec)?;
+        check(spec, slices)?;
         let mut list = Builder::default();
         let mut groups = slices.by_queries().peekable();
         for batch in 0..spec.batch as u32 {
@@ -56,7 +56,7 @@ impl WorkList {
     /// # Errors
     /// As [`WorkList::by_queries`].
     pub fn by_keys(spec: &Spec, slices: &Slices, rows: u32, batches: u32) -> Result<Self> {
-        check(spec)?;
+        check(spec, slices)?;
         let mut list = Builder::default();
         for batch in 0..spec.batch as u32 {
             let own = of_batch(slices.as_slice(), batch);
@@ -84,7 +84,10 @@ impl WorkList {
     }
 }
 
-fn check(spec: &Spec) -> Result<()> {
+fn check(spec: &Spec, slices: &Slices) -> Result<()> {
+    if let Some(s) = slices.as_slice().iter().find(|s| i32::try_from(s.q_step.max(s.k_step)).is_err()) {
+        return Err(Error::invalid("slices", format!("positions {} apart, fewer than 2^31 are possible", s.q_step.max(s.k_step))));
+    }
     for (what, rows) in [("q_rows", spec.q_rows), ("k_rows", spec.k_rows)] {
         if rows >= MAX_ROWS {
             return Err(Error::invalid(what, format!("{rows} rows on one device, fewer than {MAX_ROWS} are possible")));
@@ -102,6 +105,11 @@ fn of_batch(slices: &[Slice], batch: u32) -> &[Slice] {
 /// Keys of `s` that one of its queries sees; not empty, since the slice selects a pair.
 fn seen(s: &Slice) -> Range<u32> {
     clip(&s.k, first_diagonal(s, s.lo) + i64::from(s.q.start), first_diagonal(s, s.hi) + i64::from(s.q.end) - 1)
+}
+
+/// Queries of `s` that see one of its keys.
+fn seen_queries(s: &Slice) -> Range<u32> {
+    clip(&s.q, i64::from(s.k.start) - first_diagonal(s, s.hi), i64::from(s.k.end) - 1 - first_diagonal(s, s.lo))
 }
 
 /// A diagonal of a slice counted from the tensors' first rows.
@@ -156,8 +164,10 @@ fn piece(s: &Slice, q: &Range<u32>, k: &Range<u32>) -> Option<(Piece, u64)> {
         hi: hi.clamp(-bound, bound) as i32,
         q_pos: s.q_pos - s.q_step * i64::from(s.q.start),
         k_pos: s.k_pos - s.k_step * i64::from(s.k.start),
-        q_step: s.q_step,
-        k_step: s.k_step,
+        q_step: s.q_step as i32,
+        k_step: s.k_step as i32,
+        q_end: seen_queries(s).end as i32,
+        k_end: seen(s).end as i32,
     };
     (pairs > 0).then_some((piece, pairs))
 }
@@ -297,7 +307,7 @@ mod tests {
                 let (qs, ks) = if keys { (p.q0..p.q1, rows) } else { (rows, p.k0..p.k1) };
                 for r in qs {
                     for c in ks.clone().filter(|c| (p.k0..p.k1).contains(c) && (p.lo..=p.hi).contains(&(c - r))) {
-                        let (q_pos, k_pos) = (i64::from(r) * p.q_step, i64::from(c) * p.k_step);
+                        let (q_pos, k_pos) = (i64::from(r) * i64::from(p.q_step), i64::from(c) * i64::from(p.k_step));
                         pairs.push((t.batch, r as u32, c as u32, p.q_pos + q_pos, p.k_pos + k_pos));
                     }
                 }
@@ -340,6 +350,9 @@ mod tests {
             let list = WorkList::by_queries(&spec, &slices, rows, 2).expect("valid");
             for t in &list.tiles {
                 for p in &list.pieces[t.first as usize..(t.first + t.count) as usize] {
+                    prop_assert!(p.q_end >= p.q1 && p.k_end >= p.k1);
+                    prop_assert!((p.q0..p.q_end).all(|r| query(t.batch, r)));
+                    prop_assert!((p.k1..p.k_end).all(|c| key(t.batch, c)));
                     prop_assert!((p.k0..p.k1).all(|c| key(t.batch, c)));
                 }
             }

@@ -49,7 +49,7 @@ impl GpuPlan {
         let context = device.context();
         let kernels = Kernels::of(context, spec, View { aligned: true })?;
         // Half of the cache: the other half is for what is written.
-        let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 2);
+        let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 2, context.figures.units);
         let of = |k: &Specialization| WorkList::by_queries(spec, slices, k.rows, by_queries.batches);
         let (forward, dq) = (of(&kernels.forward)?, kernels.dq.as_ref().map(of).transpose()?);
         let backward = WorkList::by_keys(spec, slices, kernels.backward.rows, by_keys.batches)?;
