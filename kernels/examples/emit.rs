@@ -59,12 +59,30 @@ impl Emit {
         let [forward, backward] = sections(&spec, 25 << 20, 132);
         let tall = |kernel: &Specialization| word("rows").map_or(kernel.rows, |w| w.parse().unwrap_or(kernel.rows));
         let kernel = Specialization::forward("emit", &spec, target, view)?;
-        self.with_list(&name, "forward", &kernel, &WorkList::by_queries(&spec, &slices, tall(&kernel), forward.batches)?, forward.heads)?;
+        self.with_list(
+            &name,
+            "forward",
+            &kernel,
+            &WorkList::by_queries(&spec, &slices, tall(&kernel), forward.batches)?,
+            forward.heads,
+        )?;
         let kernel = Specialization::backward("emit", &spec, target, view)?;
-        self.with_list(&name, "backward", &kernel, &WorkList::by_keys(&spec, &slices, kernel.rows, backward.batches)?, backward.heads)?;
+        self.with_list(
+            &name,
+            "backward",
+            &kernel,
+            &WorkList::by_keys(&spec, &slices, kernel.rows, backward.batches)?,
+            backward.heads,
+        )?;
         if !Specialization::atomics(&spec) {
             let kernel = Specialization::backward_dq("emit", &spec, target, view)?;
-            self.with_list(&name, "dq", &kernel, &WorkList::by_queries(&spec, &slices, kernel.rows, forward.batches)?, forward.heads)?;
+            self.with_list(
+                &name,
+                "dq",
+                &kernel,
+                &WorkList::by_queries(&spec, &slices, kernel.rows, forward.batches)?,
+                forward.heads,
+            )?;
         }
         self.kernel(&name, "prepare", &Specialization::prepare(spec.dtype), 0, 0)?;
         self.kernel(&name, "accumulate", &Specialization::accumulate(spec.dtype), 0, 0)?;

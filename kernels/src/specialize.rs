@@ -52,7 +52,7 @@ impl Target {
 pub struct View {
     /// All pointers and strides of the call allow 16-byte access to 16-bit elements: see [`View::of`].
     pub aligned: bool,
-    /// Tensor maps can be made of them: aligned, and no axis longer than 1 has stride 0.
+    /// Tensor maps can be made of them: aligned, no axis is empty and none longer than 1 has stride 0.
     pub mapped: bool,
 }
 
@@ -71,7 +71,7 @@ impl View {
                     && d % 8 == 0
                     && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
         };
-        let steps = |v: &Strided| v.extent().iter().zip(v.strides()).all(|(n, step)| *n <= 1 || step > 0);
+        let steps = |v: &Strided| v.extent().iter().zip(v.strides()).all(|(n, step)| *n == 1 || (*n > 1 && step > 0));
         let (mut aligned, mut stepping) = (true, true);
         for view in views {
             aligned &= whole(view);

@@ -86,7 +86,10 @@ impl WorkList {
 
 fn check(spec: &Spec, slices: &Slices) -> Result<()> {
     if let Some(s) = slices.as_slice().iter().find(|s| i32::try_from(s.q_step.max(s.k_step)).is_err()) {
-        return Err(Error::invalid("slices", format!("positions {} apart, fewer than 2^31 are possible", s.q_step.max(s.k_step))));
+        return Err(Error::invalid(
+            "slices",
+            format!("positions {} apart, fewer than 2^31 are possible", s.q_step.max(s.k_step)),
+        ));
     }
     for (what, rows) in [("q_rows", spec.q_rows), ("k_rows", spec.k_rows)] {
         if rows >= MAX_ROWS {

@@ -13,6 +13,7 @@ use crate::event::{Event, Events};
 use crate::grave::Grave;
 use crate::jit::Jit;
 use crate::machine::Machine;
+use crate::plan::KernelChoice;
 use crate::staging::Pinned;
 use crate::sync::{Deadline, lock};
 
@@ -336,7 +337,11 @@ impl Figures {
             arch: (machine.facts().arch)(major, minor),
             units: ask(codes.units)?,
             cache_bytes: ask(codes.cache_bytes)? as usize,
-            target: Target::new(10 * major + minor, ask(codes.block_bytes)?, ask(codes.unit_bytes)?),
+            target: KernelChoice::from_environment()?.limit(Target::new(
+                10 * major + minor,
+                ask(codes.block_bytes)?,
+                ask(codes.unit_bytes)?,
+            )),
             driver_version,
             priorities: [0; 2],
         })

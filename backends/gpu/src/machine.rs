@@ -14,6 +14,7 @@ use crate::driver::Driver;
 use crate::group::Groups;
 use crate::nccl::Nccl;
 use crate::sync::lock;
+use crate::tensor_map::TensorMaps;
 
 /// A vendor of GPUs whose driver has the shape of [`Driver`].
 pub trait Vendor: Debug + Send + Sync + 'static {
@@ -31,6 +32,7 @@ pub struct Machine {
     driver: OnceLock<Result<Driver>>,
     compiler: OnceLock<Result<Compiler>>,
     nccl: OnceLock<Result<Nccl>>,
+    tensor_maps: OnceLock<Result<TensorMaps>>,
     contexts: Mutex<BTreeMap<u32, &'static Context>>,
     pub(crate) groups: Groups,
 }
@@ -123,6 +125,7 @@ impl Machine {
             driver: OnceLock::new(),
             compiler: OnceLock::new(),
             nccl: OnceLock::new(),
+            tensor_maps: OnceLock::new(),
             contexts: Mutex::new(BTreeMap::new()),
             groups: Groups::new(),
         }
@@ -181,6 +184,15 @@ impl Machine {
     pub(crate) fn nccl(&'static self) -> Result<&'static Nccl> {
         let load = || Nccl::load(self.facts.nccl.open()?, self.facts.flavor);
         self.nccl.get_or_init(load).as_ref().map_err(Clone::clone)
+    }
+
+    /// The driver's encoder of tensor maps, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub(crate) fn tensor_maps(&'static self) -> Result<&'static TensorMaps> {
+        let load = || TensorMaps::load(self.facts.driver.open()?);
+        self.tensor_maps.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
     /// The context of device `ordinal`. It lives as long as the process: its kernels stay loaded.
