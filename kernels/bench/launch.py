@@ -187,16 +187,21 @@ class Case:
     def backward(self, q, k, v, dout, lse, delta, dq, dk, dv, add=0, slopes=None, seed=0):
         """dq is f32 and added to by atomics, unless the case has a kernel `dq`."""
         params = b"".join(map(tensor, [q, k, v, dout, lse, delta, dq, dk, dv])) + struct.pack("<II", add, 0)
+        def mapped(kernel, queries, keys, call):
+            sums = self.driver.tensor_map(dq, queries, 32) if "dq" not in self.kernels else bytes(128)
+            return self.maps((q, queries), (k, keys), (v, keys), (dout, queries)) + sums + call + bytes(32)
+
         kernel = self.kernels["backward"]
         call = self.problem("backward", slopes, seed) + params
         if kernel.box_rows:
-            rows, box = kernel.rows, kernel.box_rows
-            sums = bytes(128) if "dq" in self.kernels else self.driver.tensor_map(dq, box, 32)
-            call = self.maps((q, box), (k, rows), (v, rows), (dout, box)) + sums + call + bytes(32)
+            call = mapped(kernel, kernel.box_rows, kernel.rows, call)
         self.launch("backward", kernel.tiles * self.number("kv_heads"), call, "attention_backward")
         if "dq" in self.kernels:
-            grid = self.kernels["dq"].tiles * self.number("heads")
-            self.launch("dq", grid, self.problem("dq", slopes, seed) + params, "attention_backward_dq")
+            kernel = self.kernels["dq"]
+            call = self.problem("dq", slopes, seed) + params
+            if kernel.box_rows:
+                call = mapped(kernel, kernel.rows, kernel.box_rows, call)
+            self.launch("dq", kernel.tiles * self.number("heads"), call, "attention_backward_dq")
 
     def accumulate(self, into, terms):
         params = tensor(into) + b"".join(map(tensor, terms)) + bytes(32 * (32 - len(terms)))

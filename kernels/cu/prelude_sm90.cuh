@@ -78,6 +78,17 @@ DEVICE void store_shared2(u32 at, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
 }
 
+DEVICE float2 load_shared2(u32 at) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
+    return x;
+}
+DEVICE float4 load_shared4(u32 at) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at) : "memory");
+    return x;
+}
+
 // ---- registers of a warpgroup ----
 
 template <int COUNT> DEVICE void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
@@ -97,11 +108,15 @@ template <int N> DEVICE void pin(u32 (&a)[N][4]) {
     UNROLL for (int j = 0; j < N; ++j) UNROLL for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(a[j][e])::"memory");
 }
 
-// Operands in shared memory. `along columns`: k runs along the columns of the tile. `along rows`: along its rows.
-DEVICE u64 along_columns(u32 at) { return u64(at >> 4 & 0x3fff) | u64(1024 >> 4) << 32 | u64(1) << 62; }
-DEVICE u64 along_rows(u32 at, u32 panel) {
-    return u64(at >> 4 & 0x3fff) | u64(panel >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
-}
+// An operand in shared memory. `along columns`: k runs along the columns of the tile. `along rows`: along its rows. Its low
+// word is hidden from the compiler, which would otherwise hold all steps of a long product in registers over the loop.
+struct Operand {
+    u32 low, high;
+    DEVICE Operand on(u32 bytes) const { return {low + (bytes >> 4), high}; }
+    DEVICE u64 word() const { return u64(high) << 32 | low; }
+};
+DEVICE Operand along_columns(u32 at) { return {opaque(at >> 4 & 0x3fff), 1024 >> 4 | 1u << 30}; }
+DEVICE Operand along_rows(u32 at, u32 panel) { return {opaque(at >> 4 & 0x3fff | panel >> 4 << 16), 1024 >> 4 | 1u << 30}; }
 
 // product<TA, TB>(c, a, b, add): C = A B (+ C) for 16 of k. A: 4 registers or an operand; TA, TB: 1 for `along rows`.
 #define OUT4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
@@ -124,17 +139,17 @@ DEVICE u64 along_rows(u32 at, u32 panel) {
 #define NAMES15 "%120,%121,%122,%123,%124,%125,%126,%127"
 
 #define PRODUCT(N, NAMES, I0, I1, I2, I3, I4, I5, I6, ...)                                                             \
-    template <int TA, int TB> DEVICE void product(float (&c)[N / 8][4], u64 a, u64 b, bool add) {                      \
+    template <int TA, int TB> DEVICE void product(float (&c)[N / 8][4], Operand a, Operand b, bool add) {              \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, " I2 ", 0; wgmma.mma_async.sync.aligned.m64n" #N                  \
                      "k16.f32." MMA_TYPES " {" NAMES "}, " I0 ", " I1 ", p, 1, 1, " I3 ", " I4 "; }"                   \
                      : __VA_ARGS__                                                                                     \
-                     : "l"(a), "l"(b), "r"(int(add)), "n"(TA), "n"(TB));                                               \
+                     : "l"(a.word()), "l"(b.word()), "r"(int(add)), "n"(TA), "n"(TB));                                 \
     }                                                                                                                  \
-    template <int TB> DEVICE void product(float (&c)[N / 8][4], const u32 (&a)[4], u64 b, bool add) {                  \
+    template <int TB> DEVICE void product(float (&c)[N / 8][4], const u32 (&a)[4], Operand b, bool add) {              \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, " I5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N                  \
                      "k16.f32." MMA_TYPES " {" NAMES "}, {" I0 ", " I1 ", " I2 ", " I3 "}, " I4 ", p, 1, 1, " I6 "; }" \
                      : __VA_ARGS__                                                                                     \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(TB));                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.word()), "r"(int(add)), "n"(TB));             \
     }
 PRODUCT(16, NAMES0, "%8", "%9", "%10", "%11", "%12", "%13", "%14", OUT8(0))
 PRODUCT(32, NAMES0 "," NAMES1, "%16", "%17", "%18", "%19", "%20", "%21", "%22", OUT8(0), OUT8(2))

@@ -421,18 +421,18 @@ DEVICE void begin(Rows &rows, Output &acc) {
 
 // S = Q K^T.
 DEVICE void scores(Scores &s, u32 q, u32 k) {
-    const u64 a = along_columns(q), b = along_columns(k);
+    const Operand a = along_columns(q), b = along_columns(k);
     products_fence();
     UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
-        product<0, 0>(s, a + ((kk / 4 * Q_PANEL + kk % 4 * 32) >> 4), b + ((kk / 4 * KEY_PANEL + kk % 4 * 32) >> 4), kk > 0);
+        product<0, 0>(s, a.on(kk / 4 * Q_PANEL + kk % 4 * 32), b.on(kk / 4 * KEY_PANEL + kk % 4 * 32), kk > 0);
     products_commit();
 }
 
 // acc += P V.
 DEVICE void weigh(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 v) {
-    const u64 b = along_rows(v, KEY_PANEL);
+    const Operand b = along_rows(v, KEY_PANEL);
     products_fence();
-    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) product<1>(acc, weights[kk], b + (kk * 2048 >> 4), true);
+    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) product<1>(acc, weights[kk], b.on(kk * 2048), true);
     products_commit();
 }
 

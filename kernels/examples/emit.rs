@@ -74,7 +74,7 @@ impl Emit {
             &WorkList::by_keys(&spec, &slices, kernel.rows, backward.batches)?,
             backward.heads,
         )?;
-        if !Specialization::atomics(&spec) {
+        if !kernel.adds_dq() {
             let kernel = Specialization::backward_dq("emit", &spec, target, view)?;
             self.with_list(
                 &name,
@@ -159,8 +159,9 @@ impl Emit {
     fn spec(&self, name: &str, spec: &Spec, aligned: bool) -> Outcome<()> {
         let view = View { aligned, mapped: aligned };
         self.kernel(name, "forward", &Specialization::forward("emit", spec, self.target, view)?, 0, 0)?;
-        self.kernel(name, "backward", &Specialization::backward("emit", spec, self.target, view)?, 0, 0)?;
-        if !Specialization::atomics(spec) {
+        let backward = Specialization::backward("emit", spec, self.target, view)?;
+        self.kernel(name, "backward", &backward, 0, 0)?;
+        if !backward.adds_dq() {
             self.kernel(name, "dq", &Specialization::backward_dq("emit", spec, self.target, view)?, 0, 0)?;
         }
         Ok(())

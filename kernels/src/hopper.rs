@@ -5,7 +5,7 @@
 
 use longspan_hal::{DType, Spec};
 
-use crate::specialize::{attention_defines, padded};
+use crate::specialize::{attention_defines, is_heavy, padded};
 use crate::{Source, Specialization, Target, View};
 
 /// The forward on this target, if it is one and the views allow tensor maps.
@@ -39,29 +39,69 @@ pub(crate) fn forward(spec: &Spec, target: Target, view: View) -> Option<Special
 
 /// dk and dv, and dq where it is added by bulk copies, on this target, if it is one and the views allow tensor maps.
 pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specialization> {
-    let (d, dv) = (padded(spec.head_dim, 64), padded(spec.head_dim_v, 64));
-    if !usable(spec, target, view) || d.max(dv) > 128 {
+    if !usable(spec, target, view) {
         return None;
     }
-    let dq = Specialization::atomics(spec);
-    let tile = BackwardTile { queries: if d + dv == 128 { 128 } else { 64 } };
+    let (d, dv) = (padded(spec.head_dim, 64), padded(spec.head_dim_v, 64));
+    let wide = d.max(dv) > 128;
+    let tile = BackwardTile {
+        keys: if wide { 64 } else { 64 * GROUPS },
+        queries: if d + dv == 128 && !is_heavy(spec) { 128 } else { 64 },
+        dq: !spec.deterministic && !wide,
+    };
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
-        format!("DQ={}", u32::from(dq)),
+        format!("DQ={}", u32::from(tile.dq)),
         format!("BLOCK_M={}", tile.queries),
+        format!("BLOCK_N={}", tile.keys),
         "STAGES=2".to_owned(),
-        format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
+        format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
     defines.extend(registers(GROUPS));
     Some(Specialization {
-        source: Source::SM90_BACKWARD,
+        source: if wide { Source::SM90_BACKWARD_WIDE } else { Source::SM90_BACKWARD },
         entries: &["attention_backward"],
         defines,
         threads: 128 * (GROUPS + 1),
-        shared_bytes: tile.bytes(d, dv, dq),
-        rows: 64 * GROUPS,
+        shared_bytes: tile.bytes(d, dv),
+        rows: tile.keys,
         box_rows: tile.queries,
+    })
+}
+
+/// dq without atomics on this target, if it is one and the views allow tensor maps.
+pub(crate) fn backward_dq(spec: &Spec, target: Target, view: View) -> Option<Specialization> {
+    if !usable(spec, target, view) {
+        return None;
+    }
+    let (d, dv) = (padded(spec.head_dim, 16), padded(spec.head_dim_v, 16));
+    let keys = match d.max(dv) {
+        _ if is_heavy(spec) => 32,
+        ..=64 => 128,
+        65..=128 if spec.softcap.is_some() => 64,
+        65..=128 => 96,
+        129..=192 => 64,
+        _ => 48,
+    };
+    let queries = tile_bytes(64 * GROUPS, d) + tile_bytes(64 * GROUPS, dv);
+    let bytes = queries + 2 * (tile_bytes(keys, d) + tile_bytes(keys, dv)) + 160 + 4 * 72;
+    let mut defines = attention_defines(spec, d, dv, true);
+    defines.extend([
+        format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
+        format!("BLOCK_N={keys}"),
+        "STAGES=2".to_owned(),
+        format!("SHARED_BYTES={bytes}"),
+    ]);
+    defines.extend(registers(GROUPS));
+    Some(Specialization {
+        source: Source::SM90_BACKWARD_DQ,
+        entries: &["attention_backward_dq"],
+        defines,
+        threads: 128 * (GROUPS + 1),
+        shared_bytes: bytes,
+        rows: 64 * GROUPS,
+        box_rows: keys,
     })
 }
 
@@ -92,7 +132,7 @@ struct ForwardTile {
 
 impl ForwardTile {
     fn of(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Self> {
-        let heavy = spec.alibi || spec.dropout.is_some();
+        let heavy = is_heavy(spec);
         let plain = !heavy && spec.softcap.is_none();
         let tiles: &[[u32; 3]] = match d.max(dv) {
             ..=128 if heavy => &[[2, 64, 2]],
@@ -116,15 +156,18 @@ impl ForwardTile {
 }
 
 struct BackwardTile {
+    keys: u32,
     queries: u32,
+    dq: bool,
 }
 
 impl BackwardTile {
-    fn bytes(&self, d: u32, dv: u32, dq: bool) -> u32 {
-        let keys = tile_bytes(64 * GROUPS, d) + tile_bytes(64 * GROUPS, dv);
+    fn bytes(&self, d: u32, dv: u32) -> u32 {
+        let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
         let queries = tile_bytes(self.queries, d) + tile_bytes(self.queries, dv);
         let (ds, sums) = (2 * tile_bytes(64 * GROUPS, self.queries), 4 * self.queries * d);
-        let (statistics, barriers, descriptions) = (2 * 2 * self.queries * 4, 160, 4 * 72);
-        keys + 2 * queries + u32::from(dq) * (ds + sums) + statistics + barriers + descriptions
+        let exchanged = if self.keys < 64 * GROUPS { 2 * 4 * 64 * self.queries } else { 0 };
+        let (statistics, barriers, descriptions) = (2 * 2 * self.queries * 4, 192, 4 * 72);
+        keys + 2 * queries + u32::from(self.dq) * (ds + sums) + exchanged + statistics + barriers + descriptions
     }
 }

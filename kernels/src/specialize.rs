@@ -167,7 +167,7 @@ impl Specialization {
             return Ok(kernel);
         }
         let (d, dv) = (tiled(spec.head_dim, 32), tiled(spec.head_dim_v, 32));
-        let dq = Self::atomics(spec);
+        let dq = !spec.deterministic;
         let tile = backward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
         let mut defines = attention_defines(spec, d, dv, view.aligned);
         defines.extend([
@@ -195,10 +195,10 @@ impl Specialization {
         })
     }
 
-    /// Whether [`Specialization::backward`] adds dq by f32 atomics. Then dq must be f32 memory that holds 0 (or what is
-    /// added to); otherwise [`Specialization::backward_dq`] computes it.
-    pub fn atomics(spec: &Spec) -> bool {
-        !spec.deterministic && spec.dtype != DType::F32
+    /// Whether this backward adds dq, too. Then dq must be f32 memory that holds 0 (or what is added to); otherwise
+    /// [`Specialization::backward_dq`] computes it.
+    pub fn adds_dq(&self) -> bool {
+        self.defines.iter().any(|d| d == "DQ=1")
     }
 
     /// dq of `spec` without atomics: `attention_backward_dq` with [`crate::params::BackwardParams`] over query tiles.
@@ -209,6 +209,9 @@ impl Specialization {
         head_sizes(backend, spec)?;
         if spec.dtype == DType::F32 {
             return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
+        }
+        if let Some(kernel) = hopper::backward_dq(spec, target, view) {
+            return Ok(kernel);
         }
         let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = dq_tile(d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
@@ -351,7 +354,7 @@ fn transforms(spec: &Spec) -> bool {
 }
 
 /// Whether positions of pairs are computed, which takes registers.
-fn is_heavy(spec: &Spec) -> bool {
+pub(crate) fn is_heavy(spec: &Spec) -> bool {
     spec.alibi || spec.dropout.is_some()
 }
 
@@ -485,7 +488,7 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
             [2, 2, 1, 32, 16, 1, 1, 0],
         ]
     };
-    let dq = Specialization::atomics(spec);
+    let dq = !spec.deterministic;
     let mut fitting =
         tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
     fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))

@@ -85,21 +85,36 @@ impl GpuAttention {
         params: &BackwardParams,
         dq: Option<&Strided>,
     ) -> Result<()> {
-        let kernel = self.device.context().kernel(of)?;
-        let grid = Grid { x: params.problem.tile_count as usize * params.problem.kv_heads as usize, y: 1 };
+        let blocks = params.problem.tile_count as usize * params.problem.kv_heads as usize;
+        self.launch_backward(on, (of, 0, blocks), args, params, dq)
+    }
+
+    /// Entry `entry` of a backward kernel with so many blocks; `dq` is to be mapped.
+    fn launch_backward(
+        &self,
+        on: &GpuStream,
+        (of, entry, blocks): (&Specialization, usize, usize),
+        args: &Backward<'_, GpuDevice>,
+        params: &BackwardParams,
+        dq: Option<&Strided>,
+    ) -> Result<()> {
+        let (kernel, grid) = (self.device.context().kernel(of)?, Grid { x: blocks, y: 1 });
         if of.box_rows == 0 {
-            return kernel.launch(on, 0, grid, params);
+            return kernel.launch(on, entry, grid, params);
         }
+        // Tiles of the main kernel are rows of keys, those of the dq kernel rows of queries.
+        let main = of.entries[entry] == "attention_backward";
+        let [queries, keys] = if main { [of.box_rows, of.rows] } else { [of.rows, of.box_rows] };
         let [q, k, v, dout] = self.maps([
-            (params.q.ptr, args.q.at(), of.box_rows),
-            (params.k.ptr, args.k.at(), of.rows),
-            (params.v.ptr, args.v.at(), of.rows),
-            (params.dout.ptr, args.dout.at(), of.box_rows),
+            (params.q.ptr, args.q.at(), queries),
+            (params.k.ptr, args.k.at(), keys),
+            (params.v.ptr, args.v.at(), keys),
+            (params.dout.ptr, args.dout.at(), queries),
         ])?;
-        let dq = dq.map_or(Ok([TensorMap::default()]), |at| self.maps([(params.dq.ptr, at, of.box_rows)]))?;
+        let [dq] = dq.map_or(Ok([TensorMap::default()]), |at| self.maps([(params.dq.ptr, at, of.box_rows)]))?;
         let params =
-            MappedBackwardParams { maps: [q, k, v, dout, dq[0]], call: *params, ..MappedBackwardParams::default() };
-        kernel.launch(on, 0, grid, &params)
+            MappedBackwardParams { maps: [q, k, v, dout, dq], call: *params, ..MappedBackwardParams::default() };
+        kernel.launch(on, entry, grid, &params)
     }
 
     fn add(&self, on: &GpuStream, into: (Address, &Strided), terms: &[Tensor]) -> Result<()> {
@@ -172,7 +187,7 @@ impl Attention<GpuDevice> for GpuAttention {
     }
 
     fn scratch_bytes(&self, plan: &GpuPlan) -> usize {
-        let narrow = Specialization::atomics(&plan.spec) && !plan.spec.accumulate;
+        let narrow = plan.adds_dq && !plan.spec.accumulate;
         if narrow { dq_scratch(&plan.spec).bytes().next_multiple_of(256) } else { 0 }
     }
 
@@ -266,18 +281,18 @@ impl Attention<GpuDevice> for GpuAttention {
         };
         let inputs = [args.q.at(), args.k.at(), args.v.at(), args.dout.at(), args.dk.into.at(), args.dv.into.at()];
         let with = |dq| self.kernels(spec, &[&inputs[..], &[dq]].concat());
-        if !Specialization::atomics(spec) {
-            let kernels = with(args.dq.into.at())?;
-            params.problem = problem(on, spec, plan.backward.of(kernels.backward.rows)?, &args.extras)?;
-            self.backward_main(on, &kernels.backward, args, &params, None)?;
-            let Some(of_dq) = kernels.dq else { return Ok(()) };
+        let main = self.kernels(spec, &inputs)?.backward;
+        if !main.adds_dq() {
+            params.problem = problem(on, spec, plan.backward.of(main.rows)?, &args.extras)?;
+            self.backward_main(on, &main, args, &params, None)?;
+            let of_dq = with(args.dq.into.at())?.dq;
             let tiles = plan.dq.of(of_dq.rows)?;
             params.problem = problem(on, spec, tiles, &args.extras)?;
             params.dq = write(on, &args.dq.into)?;
             params.add = flag(&args.dq, BackwardParams::ADD_DQ);
             let entry = of_dq.entries.iter().position(|e| *e == "attention_backward_dq").unwrap_or(0);
-            let grid = Grid { x: tiles.count as usize * spec.heads, y: 1 };
-            return context.kernel(&of_dq)?.launch(on, entry, grid, &params);
+            let blocks = tiles.count as usize * spec.heads;
+            return self.launch_backward(on, (&of_dq, entry, blocks), args, &params, None);
         }
         let (address, at) = self.atomic_dq(on, spec, args)?;
         params.dq = tensor(address, &at);

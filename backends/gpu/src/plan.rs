@@ -25,6 +25,8 @@ pub struct GpuPlan {
     pub(crate) backward: Lists,
     /// Query tiles of the dq kernel, where it is used.
     pub(crate) dq: Lists,
+    /// Whether the backward may add dq to f32 memory.
+    pub(crate) adds_dq: bool,
     lists: Buffer,
     /// Offset of [`COUNTERS`] counters for kernels whose blocks take tiles by themselves.
     counters: Address,
@@ -73,15 +75,18 @@ impl GpuPlan {
         // Half of the cache: the other half is for what is written.
         let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 2, context.figures.units);
         let mut plan = Layout { bytes: vec![0; 4 * COUNTERS], of: [(); 3].map(|()| Lists::default()) };
-        for view in VIEWS {
-            let kernels = Kernels::of(context, spec, view)?;
+        let kernels = VIEWS.map(|view| Kernels::of(context, spec, view));
+        let adds_dq = kernels.iter().flatten().any(|k| k.backward.adds_dq());
+        let apart = kernels.iter().flatten().any(|k| !k.backward.adds_dq());
+        for kernels in kernels {
+            let kernels = kernels?;
             let queries = |rows| WorkList::by_queries(spec, slices, rows, by_queries.batches);
             plan.add(0, by_queries.heads, kernels.forward.rows, queries)?;
             plan.add(1, by_keys.heads, kernels.backward.rows, |rows| {
                 WorkList::by_keys(spec, slices, rows, by_keys.batches)
             })?;
-            if let Some(dq) = kernels.dq {
-                plan.add(2, by_queries.heads, dq.rows, queries)?;
+            if apart {
+                plan.add(2, by_queries.heads, kernels.dq.rows, queries)?;
             }
         }
         let lists = device.alloc_bound(plan.bytes.len())?;
@@ -93,7 +98,8 @@ impl GpuPlan {
         device.upload_bound(on, &plan.bytes, lists.address())?;
         let ([forward, backward, dq], counters) = (plan.of, lists.address());
         let next_counter = AtomicUsize::new(0);
-        Ok(Self { spec: spec.clone(), forward, backward, dq, lists, counters, next_counter, ready: on.record(false)? })
+        let (spec, ready) = (spec.clone(), on.record(false)?);
+        Ok(Self { spec, forward, backward, dq, adds_dq, lists, counters, next_counter, ready })
     }
 
     /// Address of a counter for one launch.
@@ -172,8 +178,8 @@ pub(crate) struct Kernels {
     pub forward: Specialization,
     /// dk and dv, and dq where it is added by atomics.
     pub backward: Specialization,
-    /// dq without atomics, where those are not used.
-    pub dq: Option<Specialization>,
+    /// dq where `backward` does not add it.
+    pub dq: Specialization,
 }
 
 impl Kernels {
@@ -183,20 +189,18 @@ impl Kernels {
     /// [`longspan_hal::Error::Unsupported`], [`longspan_hal::Error::Invalid`].
     pub(crate) fn of(context: &Context, spec: &Spec, view: View) -> Result<Self> {
         let (name, target) = (context.machine.facts().name, context.figures.target);
-        let dq = || Specialization::backward_dq(name, spec, target, view);
         let kernels = Self {
             forward: Specialization::forward(name, spec, target, view)?,
             backward: Specialization::backward(name, spec, target, view)?,
-            dq: (!Specialization::atomics(spec)).then(dq).transpose()?,
+            dq: Specialization::backward_dq(name, spec, target, view)?,
         };
         let flash3 = kernels.forward.box_rows > 0 && kernels.backward.box_rows > 0;
         if KernelChoice::from_environment()? == KernelChoice::Flash3 && view.mapped && !flash3 {
             return Err(Error::Unsupported {
                 backend: name,
                 what: format!("LONGSPAN_KERNEL=flash3 for {} of head size {} here", spec.dtype, spec.head_dim),
-                instead:
-                    "16-bit elements, head sizes up to 128 in multiples of 8, on compute capability 9.0 are; or auto"
-                        .to_owned(),
+                instead: "16-bit elements, head sizes in multiples of 8, on compute capability 9.0 are; or auto"
+                    .to_owned(),
             });
         }
         Ok(kernels)
