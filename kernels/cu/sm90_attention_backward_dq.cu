@@ -223,7 +223,7 @@ struct Consumer {
 #endif
                 dp[j][e] = weight * (dp[j][e] * keep - delta[e / 2]);
 #if SOFTCAP
-                dp[j][e] *= bent[j][e];
+                dp[j][e] = weight == 0.0f ? 0.0f : dp[j][e] * bent[j][e];  // rows that see nothing may hold NaN
 #endif
             }
     }

@@ -43,12 +43,16 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
         return None;
     }
     let (d, dv) = (padded(spec.head_dim, 64), padded(spec.head_dim_v, 64));
-    let wide = d.max(dv) > 128;
-    let tile = BackwardTile {
-        keys: if wide { 64 } else { 64 * GROUPS },
-        queries: if d + dv == 128 && !is_heavy(spec) { 128 } else { 64 },
-        dq: !spec.deterministic && !wide,
+    let plain = !is_heavy(spec) && spec.softcap.is_none();
+    // Registers: both gradients and dq in one warpgroup, or one gradient each.
+    let many = spec.dropout.is_some() && (spec.alibi || spec.softcap.is_some());
+    let wide = spec.deterministic || d.max(dv) > 128 || (many && d.max(dv) > 64);
+    let queries = match d + dv {
+        ..=256 if wide && plain => 128,
+        ..=128 if plain => 128,
+        _ => 64,
     };
+    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq: !wide };
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
@@ -78,8 +82,8 @@ pub(crate) fn backward_dq(spec: &Spec, target: Target, view: View) -> Option<Spe
     let (d, dv) = (padded(spec.head_dim, 16), padded(spec.head_dim_v, 16));
     let keys = match d.max(dv) {
         _ if is_heavy(spec) => 32,
+        ..=128 if spec.softcap.is_some() => 64,
         ..=64 => 128,
-        65..=128 if spec.softcap.is_some() => 64,
         65..=128 => 96,
         129..=192 => 64,
         _ => 48,
