@@ -191,6 +191,20 @@ impl Attention<GpuDevice> for GpuAttention {
         if narrow { dq_scratch(&plan.spec).bytes().next_multiple_of(256) } else { 0 }
     }
 
+    fn plan_bytes(&self, plan: &GpuPlan) -> usize {
+        plan.bytes()
+    }
+
+    fn kernels(&self, plan: &GpuPlan, backward: bool) -> Vec<String> {
+        let Ok(kernels) = self.kernels(&plan.spec, &[]) else { return Vec::new() };
+        let used = match backward {
+            false => vec![kernels.forward],
+            true if kernels.backward.adds_dq() => vec![kernels.backward],
+            true => vec![kernels.backward, kernels.dq],
+        };
+        used.iter().map(Specialization::name).collect()
+    }
+
     fn forward(&self, on: &GpuStream, plan: &GpuPlan, args: &Forward<'_, GpuDevice>) -> Result<()> {
         let _bound = self.device.context().bind()?;
         plan.read_on(on)?;

@@ -2,10 +2,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use longspan_hal::{Error, Result, Slices, Spec};
+use longspan_hal::{Error, KernelClass, Result, Slices, Spec};
 use longspan_kernels::params::{Piece, Tile};
 use longspan_kernels::specialize::sections;
-use longspan_kernels::{Specialization, Target, View, WorkList};
+use longspan_kernels::{Specialization, View, WorkList};
 
 use crate::context::Context;
 use crate::device::GpuDevice;
@@ -107,6 +107,11 @@ impl GpuPlan {
         self.counters + 4 * (self.next_counter.fetch_add(1, Ordering::Relaxed) % COUNTERS) as Address
     }
 
+    /// Bytes of the lists.
+    pub(crate) fn bytes(&self) -> usize {
+        self.lists.bytes()
+    }
+
     /// Work on `on` may read the lists from now on. The context is bound.
     ///
     /// # Errors
@@ -142,36 +147,6 @@ impl Layout {
     }
 }
 
-/// Which class of attention kernels runs, from `LONGSPAN_KERNEL`.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(crate) enum KernelChoice {
-    /// `auto`: FlashAttention-3 class where the device, the spec and the views allow it.
-    #[default]
-    Auto,
-    /// `flash2`: FlashAttention-2 class.
-    Flash2,
-    /// `flash3`: FlashAttention-3 class, or a refusal.
-    Flash3,
-}
-
-impl KernelChoice {
-    /// # Errors
-    /// [`Error::Invalid`] for another word.
-    pub(crate) fn from_environment() -> Result<Self> {
-        match std::env::var("LONGSPAN_KERNEL").as_deref() {
-            Err(_) | Ok("" | "auto") => Ok(Self::Auto),
-            Ok("flash2") => Ok(Self::Flash2),
-            Ok("flash3") => Ok(Self::Flash3),
-            Ok(other) => Err(Error::invalid("LONGSPAN_KERNEL", format!("{other:?} is not auto, flash2 or flash3"))),
-        }
-    }
-
-    /// The target, without what is not chosen.
-    pub(crate) fn limit(self, target: Target) -> Target {
-        Target { flash3: target.flash3 && self != Self::Flash2, ..target }
-    }
-}
-
 /// The kernels that one spec uses.
 pub(crate) struct Kernels {
     /// The forward.
@@ -195,10 +170,10 @@ impl Kernels {
             dq: Specialization::backward_dq(name, spec, target, view)?,
         };
         let flash3 = kernels.forward.box_rows > 0 && kernels.backward.box_rows > 0;
-        if KernelChoice::from_environment()? == KernelChoice::Flash3 && view.mapped && !flash3 {
+        if context.machine.kernels()? == KernelClass::Flash3 && view.mapped && !flash3 {
             return Err(Error::Unsupported {
                 backend: name,
-                what: format!("LONGSPAN_KERNEL=flash3 for {} of head size {} here", spec.dtype, spec.head_dim),
+                what: format!("kernels of class flash3 for {} of head size {} here", spec.dtype, spec.head_dim),
                 instead: "16-bit elements, head sizes in multiples of 8, on compute capability 9.0 are; or auto"
                     .to_owned(),
             });

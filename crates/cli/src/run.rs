@@ -20,6 +20,7 @@ use crate::{backends, engine, output, progress, report};
 /// [`crate::failure::Failure::Verification`].
 pub fn run(args: &Run) -> Result<()> {
     backends::check(&args.backend)?;
+    backends::choose(&args.backend, args.exchange, args.kernel)?;
     if let Some(output) = &args.output {
         output::check(output, args.source.input.as_deref())?;
     }
