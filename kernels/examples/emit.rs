@@ -56,7 +56,7 @@ impl Emit {
         let flash3 = self.target.flash3 && word("kernel") != Some("flash2");
         let target = Target { flash3, ..self.target };
         let (view, slices) = (View { aligned, mapped: aligned }, Slices::new(&spec, slices)?);
-        let [forward, backward] = sections(&spec, 25 << 20, 132);
+        let [forward, backward] = sections(&spec, (50 << 20) / 8 * 5, 132);
         let tall = |kernel: &Specialization| word("rows").map_or(kernel.rows, |w| w.parse().unwrap_or(kernel.rows));
         let kernel = Specialization::forward("emit", &spec, target, view)?;
         self.with_list(
