@@ -35,11 +35,13 @@
 //! - `longspan_hal` has the traits that a new backend implements.
 #![forbid(unsafe_code)]
 
+mod clock;
 mod engine;
 mod ranks;
 mod select;
 mod tensor;
 
+pub use clock::align;
 pub use engine::{DeviceReport, Engine, Extra, Forwarded, Gradients, SpanReport};
 pub use longspan_hal::{Caps, DType, DeviceInfo, Error, Extent, Memory, Result, Step};
 pub use longspan_seqpar::{Bytes, Coords, Documents, Layout, Mask, Mesh, Placement, Plan, Problem, Run, Traffic, Work};

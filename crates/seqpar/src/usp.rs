@@ -294,7 +294,8 @@ impl<B: Backend> Usp<B> {
         run.exchange(share, &[view(&sinks.parts[0])?, view(&sinks.parts[1])?])?;
         let all = view(&sinks.all)?;
         let terms = (0..all.extent()[1]).map(|i| all.narrow(1, i..i + 1)).collect::<Result<Vec<_>>>()?;
-        run.accumulate(run.transfer, gradients.dsinks.ok_or_else(|| missing("dsinks"))?, &terms)
+        let dsinks = gradients.dsinks.ok_or_else(|| missing("dsinks"))?;
+        run.collect(0, || run.accumulate(run.transfer, dsinks, &terms))
     }
 
     fn queue_backward(
