@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzzes what reads what a user gives, each target of fuzz/ for SECONDS (default 6): no panic, no hang (10 s), no allocation
+# Fuzzes what reads what a user gives, each target of fuzz/ for SECONDS (default 6): no panic, no hang (30 s), no allocation
 # above 256 MiB and no more than 1 GiB in all. Ends with `N passed, N failed`.
 #
 #     ci/fuzz.sh [SECONDS [TARGET...]]
@@ -22,12 +22,15 @@ cargo fmt --check --manifest-path fuzz/Cargo.toml
 # With a target of its own, build scripts and macros are not instrumented.
 CARGO_TARGET_DIR=$home/build RUSTFLAGS=$instrument cargo build --quiet --release --locked --manifest-path fuzz/Cargo.toml --target "$host"
 
+TMPDIR=$(mktemp -d)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 failed=0
 for target in "${targets[@]}"; do
     mkdir -p "$home/corpus/$target" "$home/artifacts" "fuzz/seeds/$target"
     log=$home/$target.log
     if "$home/build/$host/release/$target" "$home/corpus/$target" "fuzz/seeds/$target" \
-        -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb=256 -max_len=2048 -print_final_stats=1 \
+        -max_total_time="$seconds" -timeout=30 -rss_limit_mb=1024 -malloc_limit_mb=256 -max_len=2048 -print_final_stats=1 \
         -artifact_prefix="$home/artifacts/$target-" >"$log" 2>&1; then
         said=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
         peak=$(sed -n 's/^stat::peak_rss_mb: *//p' "$log")

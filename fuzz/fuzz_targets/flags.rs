@@ -17,7 +17,7 @@ fuzz_target!(|text: &str| {
     match args.command {
         Command::Layout(args) => {
             let Ok(mesh) = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement) else { return };
-            if mesh.size() > 256 || args.seq > 1 << 40 {
+            if mesh.size() > 32 || args.seq > 1 << 40 {
                 return;
             }
             let layout = job::layout(args.cut.layout, args.seq, &mesh);

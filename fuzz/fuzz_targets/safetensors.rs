@@ -9,14 +9,10 @@ use libfuzzer_sys::fuzz_target;
 use longspan_fuzz::failure::Failure;
 use longspan_fuzz::file;
 
-/// One file a process, in memory where there is such a folder.
+/// One file a process.
 fn path() -> &'static PathBuf {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let shared = PathBuf::from("/dev/shm");
-        let folder = if shared.is_dir() { shared } else { std::env::temp_dir() };
-        folder.join(format!("longspan-fuzz-{}.safetensors", std::process::id()))
-    })
+    PATH.get_or_init(|| std::env::temp_dir().join(format!("longspan-fuzz-{}.safetensors", std::process::id())))
 }
 
 fuzz_target!(|bytes: &[u8]| {

@@ -9,8 +9,8 @@ use longspan_hal::{
     ViewMut,
 };
 use longspan_seqpar::{
-    Bytes, Gradients as DeviceGradients, Inputs, Layout, Mask, Member, OutputRows, Outputs, Plan, Problem, Trace, Usp,
-    Work,
+    Bytes, Gradients as DeviceGradients, Inputs, Layout, Mask, Member, OutputRows, Outputs, Plan, Problem, Span, Trace,
+    Usp, Work,
 };
 
 use crate::Tensor;
@@ -451,10 +451,10 @@ impl<B: Backend> Engine for EngineOf<B> {
         let first = self.meetings.first().map(|[enter, _]| enter);
         let first = first.or(self.traces.first().and_then(Trace::origin));
         let (mut spans, mut meetings) = (Vec::new(), Vec::new());
-        for (trace, backward) in self.traces.iter().zip([false, true]) {
+        for trace in &self.traces {
             for span in trace.spans() {
                 let (start, end) = trace.times(device, first.or(trace.origin()), span)?;
-                let (work, step, bytes_sent) = (span.work, span.step, span.bytes_sent);
+                let &Span { work, step, backward, bytes_sent, .. } = span;
                 spans.push(SpanReport { work, step, backward, start, end, bytes_sent });
             }
         }

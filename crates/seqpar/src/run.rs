@@ -24,6 +24,8 @@ pub(crate) struct Run<'a, B: Backend> {
     pub compute: &'a Stream<B>,
     /// Our own: all communication, in the same order on every rank.
     pub transfer: &'a Stream<B>,
+    /// Whether this is a backward.
+    pub backward: bool,
     pub trace: RefCell<Option<&'a mut Trace<B::Device>>>,
 }
 
@@ -99,7 +101,7 @@ impl<'a, B: Backend> Run<'a, B> {
         queue()?;
         let end = self.record(on)?;
         if let Some(trace) = self.trace.borrow_mut().as_mut() {
-            trace.push(work, step, bytes, start, end);
+            trace.push(work, step, self.backward, bytes, [start, end]);
         }
         Ok(())
     }

@@ -22,6 +22,8 @@ pub struct Span<D: Device> {
     pub work: Work,
     /// Which step of which phase it was.
     pub step: Step,
+    /// Whether it belongs to a backward.
+    pub backward: bool,
     /// Bytes sent to other ranks.
     pub bytes_sent: u64,
     start: D::Event,
@@ -82,7 +84,14 @@ impl<D: Device> Trace<D> {
         Ok(())
     }
 
-    pub(crate) fn push(&mut self, work: Work, step: Step, bytes_sent: u64, start: D::Event, end: D::Event) {
-        self.spans.push(Span { work, step, bytes_sent, start, end });
+    pub(crate) fn push(
+        &mut self,
+        work: Work,
+        step: Step,
+        backward: bool,
+        bytes_sent: u64,
+        [start, end]: [D::Event; 2],
+    ) {
+        self.spans.push(Span { work, step, backward, bytes_sent, start, end });
     }
 }

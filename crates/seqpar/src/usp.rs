@@ -172,7 +172,7 @@ impl<B: Backend> Usp<B> {
             expect("joint out", out.dtype(), out.extent(), problem.dtype, wide(problem, j, problem.head_dim_v))?;
             expect("joint lse", lse.dtype(), lse.extent(), DType::F32, wide(problem, j, 1))?;
         }
-        let run = self.run(member, on, trace);
+        let run = self.run(member, on, false, trace);
         run.forked(|| self.queue_forward(&run, inputs, outputs))
     }
 
@@ -239,7 +239,7 @@ impl<B: Backend> Usp<B> {
         if let Some(joint) = joint {
             self.check_rows(self.plan.problem.joint, joint)?;
         }
-        let run = self.run(member, on, trace);
+        let run = self.run(member, on, true, trace);
         let delta = self.queue_delta(&run, pass, inputs, rows, joint)?;
         run.forked(|| {
             self.queue_sinks(&run, pass, gradients)?;
@@ -361,6 +361,7 @@ impl<B: Backend> Usp<B> {
         &'a self,
         member: &'a Member<B>,
         on: &'a Stream<B>,
+        backward: bool,
         trace: Option<&'a mut Trace<B::Device>>,
     ) -> Run<'a, B> {
         Run {
@@ -370,6 +371,7 @@ impl<B: Backend> Usp<B> {
             scratch: self.scratch.as_ref(),
             compute: on,
             transfer: &self.transfer,
+            backward,
             trace: RefCell::new(trace),
         }
     }

@@ -154,7 +154,9 @@ fn steps(svg: &mut Svg, layout: &Layout, mask: &Mask, patches: &[Patch], top: f6
     for step in 0..ring {
         let (column, row) = (step % columns, step / columns);
         let at = [left + pitch * f64::from(column), y + (side + 66.0) * f64::from(row) + 24.0];
-        panel(svg, patches, step, &square, at);
+        // Patches are step after step, the ring ranks of each in order.
+        let first = (step * ring) as usize;
+        panel(svg, &patches[first..first + ring as usize], step, &square, at);
     }
     y += (side + 66.0) * f64::from(ring.div_ceil(columns));
     let balance = Balance::new(mask, layout, layout)?;
@@ -207,9 +209,9 @@ fn ground(svg: &mut Svg, patches: &[Patch], square: &Square<'_>) {
     svg.close();
 }
 
+/// One step: `patches` are those of its ring ranks.
 fn panel(svg: &mut Svg, patches: &[Patch], step: u32, square: &Square<'_>, at: [f64; 2]) {
     let ([x, y], side) = (at, square.side);
-    let ring = square.layout.mesh().ring();
     let what = match step {
         0 => "own keys".to_owned(),
         1 => "keys of the ring rank before".to_owned(),
@@ -219,19 +221,19 @@ fn panel(svg: &mut Svg, patches: &[Patch], step: u32, square: &Square<'_>, at: [
     svg.text("m s", [x + width(&format!("Step {step}"), 12.0) + 10.0, y - 14.0], Anchor::Start, &what);
     svg.again("mask", at);
     svg.open(at, square.unit);
-    for rank in 0..ring {
-        square.draw(svg, &colour(rank), patches.iter().filter(|patch| (patch.step, patch.ring) == (step, rank)));
+    for patch in patches {
+        square.draw(svg, &colour(patch.ring), std::iter::once(patch));
     }
     svg.close();
     svg.path("frame", &format!("M{} {}h{side}v{side}h-{side}z", number(x), number(y)));
-    for (i, line) in work(patches, step, ring).iter().enumerate() {
+    for (i, line) in work(patches).iter().enumerate() {
         svg.text("s", [x, y + side + 15.0 * (i + 1) as f64], Anchor::Start, line);
     }
 }
 
 /// How much the ring ranks compute at a step, and how evenly: two lines.
-fn work(patches: &[Patch], step: u32, ring: u32) -> [String; 2] {
-    let pairs: Vec<u64> = patches.iter().filter(|patch| patch.step == step).map(Patch::pairs).collect();
+fn work(patches: &[Patch]) -> [String; 2] {
+    let pairs: Vec<u64> = patches.iter().map(Patch::pairs).collect();
     let (least, most) = (pairs.iter().min().copied().unwrap_or(0), pairs.iter().max().copied().unwrap_or(0));
     if most == 0 {
         return ["nothing is computed or sent".into(), String::new()];
@@ -240,10 +242,10 @@ fn work(patches: &[Patch], step: u32, ring: u32) -> [String; 2] {
         return [format!("{} pairs on each ring rank", comma(most)), String::new()];
     }
     let busy = pairs.iter().filter(|&&n| n > 0).count();
-    let mean = pairs.iter().sum::<u64>() as f64 / f64::from(ring);
+    let mean = pairs.iter().sum::<u64>() as f64 / pairs.len() as f64;
     [
         format!("{} to {} pairs per ring rank,", comma(least), comma(most)),
-        format!("{busy} of {ring} at work, largest / mean {:.2}", most as f64 / mean),
+        format!("{busy} of {} at work, largest / mean {:.2}", pairs.len(), most as f64 / mean),
     ]
 }
 
