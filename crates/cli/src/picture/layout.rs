@@ -11,7 +11,7 @@
 
 use std::fmt::Write;
 
-use longspan::{Layout, Mask};
+use longspan::{Layout, Mask, Run};
 use longspan_hal::Slice;
 use longspan_seqpar::picture::{Balance, Patch, comma, name_runs, patches};
 
@@ -77,23 +77,7 @@ fn holders(svg: &mut Svg, layout: &Layout, top: f64) -> f64 {
         let part = if mesh.ulysses() > 1 { format!(", part {}", at.ulysses) } else { String::new() };
         svg.text("s", [16.0, base], Anchor::Start, &format!("rank {rank}: ring {}{part}", at.ring));
         svg.rect("lane", [PLOT[0], y, PLOT[1] - PLOT[0], each - 3.0], None);
-        let (mut data, mut class) = (String::new(), colour(at.ring));
-        for run in &runs {
-            let whole = run.step == 1 || scale * (run.step as f64) < APART;
-            if whole && run.step > 1 {
-                (class, parts) = (format!("{} part", colour(at.ring)), run.step);
-            }
-            let (pieces, len) = if whole { (1, run.len * run.step) } else { (run.len, 1) };
-            for i in 0..pieces {
-                let x = PLOT[0] + scale * run.position(i) as f64;
-                let w = scale * len.min(seq - run.position(i)) as f64;
-                let _ =
-                    write!(data, "M{} {}h{}v{}h-{}z", number(x), number(y), number(w), number(each - 3.0), number(w));
-            }
-        }
-        if !data.is_empty() {
-            svg.path(&class, &data);
-        }
+        parts = parts.max(tokens(svg, &runs, &colour(at.ring), scale, [PLOT[0], y, each - 3.0]));
         let words = if runs.is_empty() { "no tokens".to_owned() } else { name_runs(&runs) };
         svg.text("s", [PLOT[1] + 10.0, base], Anchor::Start, &fit(&words, 11.0, WIDTH - PLOT[1] - 24.0));
         y += each;
@@ -102,21 +86,40 @@ fn holders(svg: &mut Svg, layout: &Layout, top: f64) -> f64 {
     for (x, anchor, text) in ends {
         svg.text("m s", [x, y + 12.0], anchor, &text);
     }
-    let mut notes = Vec::new();
-    if mesh.size() > shown {
-        notes.push(format!("... and {} more ranks", mesh.size() - shown));
-    }
-    if mesh.ulysses() > 1 {
-        notes.push(format!("the {} ranks of one colour exchange tokens for heads before they attend", mesh.ulysses()));
-    }
-    if parts > 1 {
-        notes.push(format!("a pale bar is one of {parts} tokens"));
-    }
+    let notes: Vec<String> = [
+        (mesh.size() > shown).then(|| format!("... and {} more ranks", mesh.size() - shown)),
+        (mesh.ulysses() > 1).then(|| {
+            format!("the {} ranks of one colour exchange tokens for heads before they attend", mesh.ulysses())
+        }),
+        (parts > 1).then(|| format!("a pale bar is one of {parts} tokens")),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     if notes.is_empty() {
         return y + 12.0;
     }
     svg.text("m s", [PLOT[0], y + 28.0], Anchor::Start, &notes.join("; "));
     y + 28.0
+}
+
+/// Draws a rank's tokens from `x`, `y` on in bars of a height. Tokens of a stripe that are too near each other become one pale
+/// bar; returns of how many tokens it then holds one, else 1.
+fn tokens(svg: &mut Svg, runs: &[Run], colour: &str, scale: f64, [x, y, height]: [f64; 3]) -> usize {
+    let (mut data, mut parts) = (String::new(), 1);
+    for run in runs {
+        let whole = run.step == 1 || scale * (run.step as f64) < APART;
+        parts = if whole { parts.max(run.step) } else { parts };
+        let (pieces, len) = if whole { (1, (run.len - 1) * run.step + 1) } else { (run.len, 1) };
+        for i in 0..pieces {
+            let [x, y, w, h] = [x + scale * run.position(i) as f64, y, scale * len as f64, height].map(number);
+            let _ = write!(data, "M{x} {y}h{w}v{h}h-{w}z");
+        }
+    }
+    if !data.is_empty() {
+        svg.path(&if parts > 1 { format!("{colour} part") } else { colour.to_owned() }, &data);
+    }
+    parts
 }
 
 /// In which order a picture's axes name tokens.
