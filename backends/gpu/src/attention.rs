@@ -112,6 +112,20 @@ impl Attention<GpuDevice> for GpuAttention {
         if narrow { dq_scratch(&plan.spec).bytes().next_multiple_of(256) } else { 0 }
     }
 
+    fn plan_bytes(&self, plan: &GpuPlan) -> usize {
+        plan.bytes()
+    }
+
+    fn kernels(&self, plan: &GpuPlan, backward: bool) -> Vec<String> {
+        let Ok(kernels) = self.kernels(&plan.spec, &[]) else { return Vec::new() };
+        let used = if backward {
+            [Some(kernels.backward), kernels.dq.filter(|_| plan.dq.is_some())]
+        } else {
+            [Some(kernels.forward), None]
+        };
+        used.into_iter().flatten().map(|kernel| kernel.name()).collect()
+    }
+
     fn forward(&self, on: &GpuStream, plan: &GpuPlan, args: &Forward<'_, GpuDevice>) -> Result<()> {
         let _bound = self.device.context().bind()?;
         plan.read_on(on)?;

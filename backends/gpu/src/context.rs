@@ -265,14 +265,7 @@ impl Context {
     pub(crate) fn unreachable(&self, devices: &[u32]) -> Result<Option<(u32, u32)>> {
         for &a in devices {
             for &b in devices.iter().filter(|b| **b != a) {
-                let (mut from, mut to, mut can) = (0, 0, 0);
-                for (device, ordinal) in [(&mut from, a), (&mut to, b)] {
-                    // SAFETY: `device` is written.
-                    self.check(unsafe { self.driver.device(device, ordinal as i32) })?;
-                }
-                // SAFETY: `can` is written.
-                self.check(unsafe { self.driver.can_access_peer(&mut can, from, to) })?;
-                if can == 0 {
+                if !self.machine.reaches(self.driver, a, b)? {
                     return Ok(Some((a, b)));
                 }
             }

@@ -73,6 +73,11 @@ impl GpuPlan {
         Ok(Self { spec: spec.clone(), forward, backward, dq, lists, ready: on.record(false)? })
     }
 
+    /// Bytes of the lists.
+    pub(crate) fn bytes(&self) -> usize {
+        self.lists.bytes()
+    }
+
     /// Work on `on` may read the lists from now on. The context is bound.
     ///
     /// # Errors

@@ -1,5 +1,8 @@
 //! Backends by name, as `--backend` takes them: `NAME` or `NAME:DEVICE[,DEVICE...]`.
 
+use longspan::Transport;
+
+use crate::args::Exchange;
 use crate::failure::{Failure, Result};
 
 /// Checks that the backend that `selector` names is compiled in.
@@ -19,6 +22,20 @@ pub fn check(selector: &str) -> Result<()> {
     )))
 }
 
+/// Lets messages of the backend that `selector` names travel as `exchange` says; without it, as the backend would.
+///
+/// # Errors
+/// [`Failure::Input`] where the backend has no choice, or is not on this machine.
+pub fn choose(selector: &str, exchange: Option<Exchange>) -> Result<()> {
+    let Some(exchange) = exchange else { return Ok(()) };
+    let wanted = match exchange {
+        Exchange::Auto => Transport::Auto,
+        Exchange::Nccl => Transport::Library,
+        Exchange::Peer => Transport::Peer,
+    };
+    longspan::set_transport(selector, wanted).map_err(Failure::from)
+}
+
 /// One line about a backend, for people.
 pub fn what(name: &str) -> &'static str {
     match name {
@@ -29,6 +46,7 @@ pub fn what(name: &str) -> &'static str {
         "cpu-checked" => "the same, and every access is checked for a missing order",
         "cpu-nccl-like" => "the same with NCCL's habits: packs what it sends, arrives late",
         "cpu-push" => "the same with senders that write into the receivers' windows",
+        "cuda" => "NVIDIA GPUs: ranks are threads of this process, on devices of their own or on shared ones",
         _ => "",
     }
 }

@@ -23,6 +23,7 @@ use crate::{backends, engine, output, progress, report, trace};
 /// [`crate::failure::Failure::Verification`].
 pub fn run(args: &Run) -> Result<()> {
     backends::check(&args.backend)?;
+    backends::choose(&args.backend, args.exchange)?;
     check_outputs(args)?;
     let job = Job::new(args)?;
     if args.verify {
