@@ -11,13 +11,13 @@
 //                                       acc is there: rescale it; P = P'
 //                                       between two tiles: write (acc, m, l), or out and lse
 //
-// The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. One
-// group's exponentials run under the other's products, too; making them take turns in that gained nothing.
-// (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products.)
+// The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. Groups
+// take turns in starting products, so that one's exponentials run under the other's products.
+// (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products, turns.)
 //
 // Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows.
 //
-// Macros: BLOCK_N, GROUPS, STAGES, Q_STAGES, PARTIAL, REGISTERS (of a consumer), PRODUCER_REGISTERS.
+// Macros: BLOCK_N, GROUPS, STAGES, Q_STAGES, PARTIAL, REGISTERS (of a consumer), PRODUCER_REGISTERS, TURNS.
 
 struct ForwardParams {
     Problem problem;
@@ -51,8 +51,7 @@ enum : u32 {
     FIRST = 1,   // of a tile: Q comes with it
     LAST = 2,    // of a tile
     END = 4,     // no more work
-    EMPTY = 8,   // no keys: the tile sees none
-    MASKED = 16  // << group: not all pairs are selected
+    MASKED = 8   // << group: not all pairs are selected
 };
 struct Block {
     Piece piece;
@@ -89,7 +88,7 @@ struct Producer {
     u32 base;
     int lane;
     u32 turn, tiles, tails;  // counted from the kernel's start
-    // The values of block turn - 1, whose copy is not started yet: the keys of the block after it go first. No block: -1.
+    // The values of block turn - 1, whose copy is not started yet: the keys of the block after it go first.
     int value_batch, value_head, value_key, value_end;
 
     DEVICE u32 free_parity(u32 turn) { return turn / STAGES & 1 ^ 1; }
@@ -120,10 +119,6 @@ struct Producer {
     DEVICE void values() {
         const u32 s = (turn - 1) % STAGES, full = base + FULL_V + 8 * s, to = base + V_AT + s * V_BYTES;
         barrier_wait(base + FREE_V + 8 * s, free_parity(turn - 1));
-        if (value_key < 0) {
-            if (lane == 0) barrier_arrive(full);
-            return;
-        }
         const bool tail = value_key + BLOCK_N > value_end;
         const u32 arrived = tail ? base + RAW_V : full;
         if (lane == 0) {
@@ -140,9 +135,10 @@ struct Producer {
         if (lane == 0) barrier_arrive(full);
     }
 
-    // Describes a block. A lane writes a word of the description, and arrives, since it is its word that others wait for.
-    DEVICE void describe(const Work &work, const Piece &piece, int key, u32 flags) {
+    // Describes a block and copies its K, and V of the block before. A lane writes a word of the description.
+    DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
         const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
+        flags |= masked(work.tile.row0, piece, key);
         const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? u32(key)
                          : lane == PIECE_WORDS + TILE_WORDS + 1 ? flags
                          : lane == PIECE_WORDS + TILE_WORDS + 2 ? work.head
@@ -152,13 +148,7 @@ struct Producer {
         const u32 word = lane < PIECE_WORDS + TILE_WORDS ? *from : last;
         barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
         if (lane < int(sizeof(Block) / 4)) reinterpret_cast<u32 *>(memory + BLOCKS_AT + turn % BLOCKS * sizeof(Block))[lane] = word;
-        if (lane != 0) barrier_arrive(full);
-    }
-
-    // Describes a block and copies its K, and V of the block before.
-    DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
-        const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
-        describe(work, piece, key, flags | masked(work.tile.row0, piece, key));
+        __syncwarp();
         if (lane == 0) {
             barrier_expect(full, K_BYTES);
             UNROLL for (int i = 0; i < PANELS; ++i)
@@ -170,30 +160,22 @@ struct Producer {
         ++turn;
     }
 
-    // A tile that sees no key: what an earlier call left, or nothing, becomes its result.
-    DEVICE void empty(const Work &work) {
-        describe(work, work.first, 0, FIRST | LAST | EMPTY);
-        if (lane == 0) barrier_arrive(base + FULL_K + 8 * (turn % STAGES));
-        if (turn > 0) values();
-        value_key = -1;
-        ++turn;
-    }
-
     DEVICE void end() {
         const u32 s = turn % STAGES;
         barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
-        if (lane == 0) reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS].flags = END;
-        barrier_arrive(base + FULL_K + 8 * s);
+        if (lane == 0) {
+            reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS].flags = END;
+            barrier_arrive(base + FULL_K + 8 * s);
+        }
         if (turn > 0) values();
     }
 
     DEVICE void run() {
         const Piece *pieces = reinterpret_cast<const Piece *>(p.call.problem.pieces);
-        for (u32 count = 0;; ++count) {
-            barrier_wait(base + FULL_W + 8 * (count % WORKS), count / WORKS & 1);
-            const Work &work = reinterpret_cast<const Work *>(memory + WORKS_AT)[count % WORKS];
+        for (;; ++tiles) {
+            barrier_wait(base + FULL_W + 8 * (tiles % WORKS), tiles / WORKS & 1);
+            const Work &work = reinterpret_cast<const Work *>(memory + WORKS_AT)[tiles % WORKS];
             if (work.end) break;
-            if (work.tile.count == 0) empty(work);
             for (u32 i = 0; i < work.tile.count; ++i) {
                 const Piece &piece = i == 0 ? work.first : pieces[work.tile.first + i];
                 const int end = piece.k1;
@@ -204,14 +186,40 @@ struct Producer {
                     flags = 0;
                 }
             }
-            if (work.tile.count) ++tiles;
-            barrier_arrive(base + FREE_W + 8 * (count % WORKS));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + FREE_W + 8 * (tiles % WORKS));
         }
         end();
     }
 };
 
 // ---- the planner ----
+
+// The results of a tile that sees no key: what an earlier call left, or nothing.
+DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
+    const bool load = PARTIAL && (c.stage & 1), store = PARTIAL && (c.stage & 2);
+    if (load && store) return;
+    const int dim = c.problem.head_dim_v;
+    const float sink =
+        c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
+    for (u32 row = t.row0; row < t.row0 + t.rows; ++row) {
+        if (store) {
+            for (int i = lane; i < dim; i += WARP) at<float>(c.acc, t.batch, row, head)[i] = 0.0f;
+            if (lane == 0) *at<float>(c.m, t.batch, row, head) = -INFINITY_F;
+            if (lane == 0) *at<float>(c.l, t.batch, row, head) = 0.0f;
+            continue;
+        }
+        const float m = load ? *at<const float>(c.m, t.batch, row, head) * LOG2E : -INFINITY_F;
+        const float before = load ? *at<const float>(c.l, t.batch, row, head) : 0.0f;
+        const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
+        const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
+        const float factor = l == 0.0f ? 0.0f : by / l;
+        for (int i = lane; i < dim; i += WARP)
+            at<u16>(c.out, t.batch, row, head)[i] =
+                narrow(load ? at<const float>(c.acc, t.batch, row, head)[i] * factor : 0.0f);
+        if (lane == 0) *at<float>(c.lse, t.batch, row, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+    }
+}
 
 DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, int lane) {
     const Problem &problem = p.call.problem;
@@ -221,20 +229,20 @@ DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, 
         const bool end = index >= total;
         const Place where = end ? Place{0, 0} : place_of(problem, problem.heads, index);
         const Tile *tile = reinterpret_cast<const Tile *>(problem.tiles) + where.tile;
-        // Continue has nothing to do for a tile that sees no key.
-        if (end || tile->count || !PARTIAL || p.call.stage != 3) {
-            const bool some = !end && tile->count;
-            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (some ? tile->first : 0));
+        if (!end && tile->count == 0) {
+            settle(p.call, *tile, where.head, lane);
+        } else {
+            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (end ? 0 : tile->first));
             const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? where.head
                              : lane == PIECE_WORDS + TILE_WORDS + 1 ? kv_head(problem, where.head)
                                                                     : u32(end);
             const u32 *from = lane < PIECE_WORDS ? piece + lane : reinterpret_cast<const u32 *>(tile) + lane - PIECE_WORDS;
-            const bool there = lane < PIECE_WORDS ? some : !end && lane < PIECE_WORDS + TILE_WORDS;
-            const u32 word = there ? *from : last;
+            const u32 word = !end && lane < PIECE_WORDS + TILE_WORDS ? *from : last;
             barrier_wait(base + FREE_W + 8 * (count % WORKS), count / WORKS & 1 ^ 1);
             if (lane < int(sizeof(Work) / 4))
                 reinterpret_cast<u32 *>(memory + WORKS_AT + count % WORKS * sizeof(Work))[lane] = word;
-            barrier_arrive(base + FULL_W + 8 * (count % WORKS));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + FULL_W + 8 * (count % WORKS));
             ++count;
         }
         if (end) return;
@@ -503,46 +511,31 @@ struct Consumer {
     }
 
     DEVICE void run() {
-        u32 turn = 0;
-        while (true) {
-            const Block &block = described(turn);
-            if (block.flags & END) return;
-            if (block.flags & EMPTY) {
-                Output acc;
-                start_tile(block, acc);
-                end_tile(block, acc);
-                if (lane == 0) barrier_arrive(base + FREE_K + 8 * (turn % STAGES));
-                free_values(turn);
-                ++turn;
-            } else {
-                turn = tiles_with_keys(turn);
-            }
-        }
-    }
-
-    // From the block of this turn up to the end, or to a tile without keys; returns the turn there.
-    DEVICE u32 tiles_with_keys(u32 turn) {
         Output acc;
         Scores s;
         u32 weights[BLOCK_N / 16][4];
-        const Block *block = &described(turn);
+        const Block *block = &described(0);
+        if (block->flags & END) return;
         wait_queries(*block);
         start_tile(*block, acc);
-        start_scores(s, *block, turn);
+        start_scores(s, *block, 0);
         products_wait<0>();
         pin(s);
-        free_keys(*block, turn);
+        free_keys(*block, 0);
         rescale(acc, softmax(s, *block));
         UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
-        for (++turn;; ++turn) {
+        u32 turn = 1;
+        for (;; ++turn) {
             const Block &next = described(turn);
             const u32 flags = next.flags;
-            if (flags & (END | EMPTY)) break;
+            if (flags & END) break;
             if (flags & FIRST) wait_queries(next);
+            if (TURNS) group_sync(1 + group, THREADS - 128);
             pin(acc);
             pin(weights);
             start_scores(s, next, turn);
             start_values(acc, weights, turn - 1);
+            if (TURNS) group_arrive(1 + (group + 1) % GROUPS, THREADS - 128);
             products_wait<1>();
             pin(s);
             free_keys(next, turn);
@@ -566,9 +559,7 @@ struct Consumer {
         start_values(acc, weights, turn - 1);
         products_wait<0>();
         pin(acc);
-        free_values(turn - 1);
         end_tile(*block, acc);
-        return turn;
     }
 };
 
@@ -578,7 +569,7 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
     const int warp = uniform(threadIdx.x / WARP), group = warp / 4;
     if (threadIdx.x == 0) {
         UNROLL for (int i = 0; i < STAGES; ++i) {
-            barrier_init(base + FULL_K + 8 * i, WARP);
+            barrier_init(base + FULL_K + 8 * i, 1);
             barrier_init(base + FULL_V + 8 * i, 1);
             barrier_init(base + FREE_K + 8 * i, 4 * GROUPS);
             barrier_init(base + FREE_V + 8 * i, 4 * GROUPS);
@@ -589,8 +580,8 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
         }
         barrier_init(base + RAW_V, 1);
         UNROLL for (int i = 0; i < WORKS; ++i) {
-            barrier_init(base + FULL_W + 8 * i, WARP);
-            barrier_init(base + FREE_W + 8 * i, WARP);
+            barrier_init(base + FULL_W + 8 * i, 1);
+            barrier_init(base + FREE_W + 8 * i, 1);
         }
         fence_proxy();
     }
@@ -602,8 +593,10 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
     } else {
         registers_more<REGISTERS>();
         const int lane = threadIdx.x % WARP;
+        if (TURNS && group == GROUPS - 1) group_arrive(1, THREADS - 128);
         Consumer{p.call, reinterpret_cast<const Block *>(memory + BLOCKS_AT), base, group, lane,
                  64 * group + warp % 4 * 16 + lane / 4, 0, score_of(p.call.problem, 0)}
             .run();
+        if (TURNS && group == 0) group_sync(1, THREADS - 128);
     }
 }
