@@ -54,7 +54,7 @@ struct Problem {
 static_assert(sizeof(Tensor) == 32 && sizeof(Tile) == 24 && sizeof(Piece) == 56 && sizeof(Problem) == 120, "layout");
 
 template <typename T> DEVICE T *at(const Tensor &t, i64 batch, i64 row, i64 head) {
-    return reinterpret_cast<T *>(t.ptr) + batch * t.batch + row * t.row + head * t.head;
+    return global<T>(t.ptr) + batch * t.batch + row * t.row + head * t.head;
 }
 
 // Unit i of a tensor [batch, row, head, units], in row-major order.
@@ -98,8 +98,8 @@ DEVICE Dropout dropout_of(const Problem &p, u32 batch, u32 head) {
 DEVICE u32 philox_word(const Dropout &d, u32 query, u32 keys, u32 word) {
     u32 c0 = d.batch, c1 = d.head, c2 = query, c3 = keys, k0 = d.key0, k1 = d.key1;
     UNROLL for (int i = 0; i < 10; ++i) {
-        u32 h0 = __umulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
-        u32 h1 = __umulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
+        u32 h0 = high_product(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
+        u32 h1 = high_product(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
         c0 = h1 ^ c1 ^ k0;
         c1 = l1;
         c2 = h0 ^ c3 ^ k1;
@@ -133,7 +133,7 @@ DEVICE Score score_of(const Problem &p, u32 head) {
     return s;
 }
 // tanh to about 1e-7 absolutely: 1 - 2 / (1 + e^2x).
-DEVICE float tanh_fast(float x) { return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * (2.0f * LOG2E))); }
+DEVICE float tanh_fast(float x) { return 1.0f - divide_fast(2.0f, 1.0f + exp2_fast(x * (2.0f * LOG2E))); }
 DEVICE float distance(const Piece &s, int r, int c) {
     i64 d = (s.q_pos + i64(r) * s.q_step) - (s.k_pos + i64(c) * s.k_step);
     return float(d < 0 ? -d : d);
@@ -248,28 +248,6 @@ DEVICE void store_pair(u16 *to, float x, float y, int left) {
     if (left > 1) to[1] = narrow(y);
 #endif
 }
-// Four pairs, 8 elements apart, of which this lane holds elements 2 * quad and 2 * quad + 1, times `factor`: with wide
-// stores each lane of a quad writes one whole group of 8. `to` is the row's first of 32 elements, `left` are inside the row.
-DEVICE void store_pairs(u16 *to, const float (&c)[4][4], int half, float factor, int quad, int left) {
-#if ALIGNED
-    u32 x[4];
-    UNROLL for (int j = 0; j < 4; ++j) x[j] = pack2(c[j][2 * half] * factor, c[j][2 * half + 1] * factor);
-    // Transpose 4 x 4 over the quad: by pairs of groups, then by groups.
-    UNROLL for (int step = 1; step <= 2; step *= 2)
-        UNROLL for (int j = 0; j < 4; ++j) {
-            if (j & step) continue;
-            const bool upper = quad & step;
-            const u32 sent = upper ? x[j] : x[j + step];
-            const u32 got = shuffle_xor(sent, step);
-            x[j] = upper ? got : x[j];
-            x[j + step] = upper ? x[j + step] : got;
-        }
-    if (8 * quad < left) *reinterpret_cast<uint4 *>(to + 8 * quad) = make_uint4(x[0], x[1], x[2], x[3]);
-#else
-    UNROLL for (int j = 0; j < 4; ++j)
-        store_pair(to + 8 * j + 2 * quad, c[j][2 * half] * factor, c[j][2 * half + 1] * factor, left - 8 * j - 2 * quad);
-#endif
-}
 DEVICE void store_pair(float *to, float x, float y, int left) {
 #if ALIGNED
     if (left > 0) *reinterpret_cast<float2 *>(to) = make_float2(x, y);
@@ -291,15 +269,16 @@ DEVICE void load_pair(const float *from, float &x, float &y, int left) {
 #endif
 
 #if defined(IO_F32) && defined(HEAD_DIM)
-// ---- tiles of f32, for the FMA kernels: 128 threads, 16 (y) x 8 (x); a thread owns rows 2 y and 2 y + 1 of 32 ----
+// ---- tiles of f32, for the FMA kernels: FMA_ROWS / 2 (y) x 8 (x) threads; a thread owns rows 2 y and 2 y + 1 ----
 //
+// Macros: FMA_ROWS of a block (32, or 16 where shared memory is small), FMA_OTHERS (rows that it meets at once).
 // A row of `dim` elements takes dim + 4: its 16-byte units lie in different banks than those of the next seven rows.
 
-constexpr int FMA_THREADS = 128, FMA_ROWS = 32;
+constexpr int FMA_THREADS = FMA_ROWS * 4;
 template <int DIM> CONSTEXPR int fma_pitch() { return DIM + 4; }
 
 template <int DIM> DEVICE void load_rows(float *to, const float *from, i64 stride, int rows, int valid, int dim) {
-    for (int i = threadIdx.x; i < rows * DIM; i += FMA_THREADS) {
+    FEW_AT_ONCE for (int i = threadIdx.x; i < rows * DIM; i += FMA_THREADS) {
         int row = i / DIM, column = i % DIM;
         to[row * fma_pitch<DIM>() + column] = row < valid && column < dim ? from[row * stride + column] : 0.0f;
     }
@@ -309,7 +288,7 @@ template <int DIM> DEVICE void load_rows(float *to, const float *from, i64 strid
 template <int DIM, int J> DEVICE void dots(float (&s)[2][J], const float *a, const float *b) {
     const float *rows = a + threadIdx.x / 8 * 2 * fma_pitch<DIM>(), *others = b + threadIdx.x % 8 * fma_pitch<DIM>();
     UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int j = 0; j < J; ++j) s[i][j] = 0.0f;
-    for (int d = 0; d < DIM; d += 4) {
+    ROLLED for (int d = 0; d < DIM; d += 4) {
         float4 x[2] = {*reinterpret_cast<const float4 *>(rows + d),
                        *reinterpret_cast<const float4 *>(rows + fma_pitch<DIM>() + d)};
         UNROLL for (int j = 0; j < J; ++j) {
@@ -323,7 +302,7 @@ template <int DIM, int J> DEVICE void dots(float (&s)[2][J], const float *a, con
 // acc[i][4 n + e] += sum over c < COUNT of p[2 y + i][c] * v[c][32 n + 4 x + e].
 template <int DIM, int COUNT> DEVICE void gather(float (&acc)[2][DIM / 8], const float *p, const float *v) {
     const float *weights = p + threadIdx.x / 8 * 2 * (COUNT + 1), *columns = v + threadIdx.x % 8 * 4;
-    for (int c = 0; c < COUNT; ++c) {
+    ROLLED for (int c = 0; c < COUNT; ++c) {
         float w[2] = {weights[c], weights[COUNT + 1 + c]};
         UNROLL for (int n = 0; n < DIM / 32; ++n) {
             float4 y = *reinterpret_cast<const float4 *>(columns + c * fma_pitch<DIM>() + 32 * n);

@@ -4,12 +4,12 @@
 //   p = exp(x - lse)      ds = p (keep / (1 - drop) * dout v^T - delta) (1 - (x0 / softcap)^2)
 //   dv = (keep / (1 - drop) p)^T dout      dk = scale ds^T q      dq = scale ds k
 //
-//   attention_backward: a block owns 32 keys of one KV head
+//   attention_backward: a block owns FMA_ROWS keys of one KV head
 //     for each of its query heads, each piece, each block of OTHERS queries: S^T, dP^T -> P^T, dS^T; dV += P^T dout; dK += dS^T Q
-//   attention_backward_dq: a block owns 32 queries of one head
+//   attention_backward_dq: a block owns FMA_ROWS queries of one head
 //     for each piece, each block of OTHERS keys: S, dP -> dS; dQ += dS K
 //
-// In both, a thread owns 2 of the 32 rows and an eighth of the others.
+// In both, a thread owns 2 of the rows and an eighth of the others.
 
 struct BackwardParams {
     Problem problem;
@@ -20,7 +20,7 @@ struct BackwardParams {
 };
 static_assert(sizeof(BackwardParams) == 416, "layout");
 
-constexpr int OTHERS = HEAD_DIM + HEAD_DIM_V > 320 ? 8 : 32, J = OTHERS / 8;
+constexpr int OTHERS = FMA_OTHERS, J = OTHERS / 8;
 // Rows of the block (K and V, or Q and dout), then the others, then P and dS.
 constexpr int OWN_A = 0, OWN_B = FMA_ROWS * fma_pitch<HEAD_DIM>(), OTHER_A = OWN_B + FMA_ROWS * fma_pitch<HEAD_DIM_V>();
 constexpr int OTHER_B = OTHER_A + OTHERS * fma_pitch<HEAD_DIM>(), P_AT = OTHER_B + OTHERS * fma_pitch<HEAD_DIM_V>();
@@ -72,10 +72,10 @@ DEVICE void load_others(float *memory, const Tensor &a, const Tensor &b, u32 bat
 }
 
 KERNEL(FMA_THREADS, 1) attention_backward(PARAMS(BackwardParams) p) {
-    extern __shared__ __align__(128) float memory[];
+    SHARED(float, memory);
     const Place where = place(p.problem, p.problem.kv_heads);
-    const Tile tile = reinterpret_cast<const Tile *>(p.problem.tiles)[where.tile];
-    const Piece *pieces = reinterpret_cast<const Piece *>(p.problem.pieces);
+    const Tile tile = constant<Tile>(p.problem.tiles)[where.tile];
+    const Piece *pieces = constant<Piece>(p.problem.pieces);
     const u32 kv = where.head, y = threadIdx.x / 8, x = threadIdx.x % 8;
     const int first_head = int((p.problem.kv_first + kv) * p.problem.group) - int(p.problem.head_first);
     const int head0 = first_head > 0 ? first_head : 0, past = first_head + int(p.problem.group);
@@ -102,7 +102,7 @@ KERNEL(FMA_THREADS, 1) attention_backward(PARAMS(BackwardParams) p) {
                         memory[P_AT + to] = w.p;
                         memory[S_AT + to] = w.ds;
                     }
-                __syncwarp();
+                warp_barrier();
                 gather<HEAD_DIM_V, OTHERS>(dv, memory + P_AT, memory + OTHER_B);
                 gather<HEAD_DIM, OTHERS>(dk, memory + S_AT, memory + OTHER_A);
             }
@@ -113,12 +113,12 @@ KERNEL(FMA_THREADS, 1) attention_backward(PARAMS(BackwardParams) p) {
 }
 
 KERNEL(FMA_THREADS, 1) attention_backward_dq(PARAMS(BackwardParams) p) {
-    extern __shared__ __align__(128) float memory[];
+    SHARED(float, memory);
     const Place where = place(p.problem, p.problem.heads);
-    const Tile tile = reinterpret_cast<const Tile *>(p.problem.tiles)[where.tile];
+    const Tile tile = constant<Tile>(p.problem.tiles)[where.tile];
     const bool add = p.add & 4;
     if (tile.count == 0 && add) return;
-    const Piece *pieces = reinterpret_cast<const Piece *>(p.problem.pieces);
+    const Piece *pieces = constant<Piece>(p.problem.pieces);
     const u32 head = where.head, kv = kv_head(p.problem, head), y = threadIdx.x / 8, x = threadIdx.x % 8;
     load_own(memory, p.q, p.dout, tile, head, p.problem);
     float dq[2][HEAD_DIM / 8];
@@ -136,7 +136,7 @@ KERNEL(FMA_THREADS, 1) attention_backward_dq(PARAMS(BackwardParams) p) {
                     memory[S_AT + (2 * y + i) * (OTHERS + 1) + x + 8 * j] =
                         differentiate(p, piece, tile.batch, head, row, key + x + 8 * j, s[i][j], dp[i][j]).ds;
                 }
-            __syncwarp();
+            warp_barrier();
             gather<HEAD_DIM, OTHERS>(dq, memory + S_AT, memory + OTHER_A);
         }
     }

@@ -2,7 +2,7 @@
 //
 //   l_r = sum_c exp(x_rc - m_r)      acc_r = sum_c keep_rc / (1 - drop) exp(x_rc - m_r) v_c      out = acc / l      lse = m + ln l
 //
-//   one block = one tile of 32 query rows of one head; a thread owns 2 rows and an eighth of their keys and columns
+//   one block = one tile of FMA_ROWS query rows of one head; a thread owns 2 rows and an eighth of their keys and columns
 //     (acc, m, l) = (0, -inf, 0), or the partial of an earlier call
 //     for each block of BLOCK_N keys of the tile's pieces: K and V to shared memory
 //         x = transform(q k); m' = max(m, rowmax x); rescale by exp2(m - m'); P = exp2(x - m'); acc += dropout(P) V
@@ -20,7 +20,7 @@ struct ForwardParams {
 };
 static_assert(sizeof(ForwardParams) == 416, "layout");
 
-constexpr int BLOCK_N = HEAD_DIM + HEAD_DIM_V > 320 ? 16 : 32, J = BLOCK_N / 8;
+constexpr int BLOCK_N = FMA_OTHERS, J = BLOCK_N / 8;
 constexpr int Q_AT = 0, K_AT = FMA_ROWS * fma_pitch<HEAD_DIM>(), V_AT = K_AT + BLOCK_N * fma_pitch<HEAD_DIM>();
 constexpr int P_AT = V_AT + BLOCK_N * fma_pitch<HEAD_DIM_V>();
 static_assert((P_AT + FMA_ROWS * (BLOCK_N + 1)) * 4 == SHARED_BYTES, "shared memory");
@@ -76,7 +76,7 @@ DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, const State 
         if (row >= int(t.rows)) continue;
         float factor = l == 0.0f ? 0.0f : by / l;
         if (threadIdx.x % 8 == 0)
-            *at<float>(p.lse, t.batch, t.row0 + row, head) = top == -INFINITY_F ? top : top * LN2 + logf(l);
+            *at<float>(p.lse, t.batch, t.row0 + row, head) = top == -INFINITY_F ? top : top * LN2 + natural_log(l);
         float *to = at<float>(p.out, t.batch, t.row0 + row, head);
         each_column<HEAD_DIM_V>(p.problem.head_dim_v, [&](int c, int column) { to[column] = s.acc[i][c] * factor; });
     }
@@ -111,16 +111,16 @@ DEVICE void attend(const ForwardParams &p, const Tile &t, u32 head, const Piece 
             memory[P_AT + local * (BLOCK_N + 1) + threadIdx.x % 8 + 8 * j] = weight;
         }
     }
-    __syncwarp();  // a row's weights are written and read by one warp
+    warp_barrier();  // a row's weights are written and read by one warp
     gather<HEAD_DIM_V, BLOCK_N>(s.acc, memory + P_AT, memory + V_AT);
 }
 
 KERNEL(FMA_THREADS, 1) attention_forward(PARAMS(ForwardParams) p) {
-    extern __shared__ __align__(128) float memory[];
+    SHARED(float, memory);
     const Place where = place(p.problem, p.problem.heads);
-    const Tile tile = reinterpret_cast<const Tile *>(p.problem.tiles)[where.tile];
+    const Tile tile = constant<Tile>(p.problem.tiles)[where.tile];
     if (PARTIAL && p.stage == 3 && tile.count == 0) return;  // Continue has nothing to do here
-    const Piece *pieces = reinterpret_cast<const Piece *>(p.problem.pieces);
+    const Piece *pieces = constant<Piece>(p.problem.pieces);
     const u32 head = where.head, kv = kv_head(p.problem, head);
     load_rows<HEAD_DIM>(memory + Q_AT, at<const float>(p.q, tile.batch, tile.row0, head), p.q.row, FMA_ROWS, tile.rows,
                         p.problem.head_dim);

@@ -19,7 +19,11 @@ typedef long long i64;
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define PARAMS(T) const __grid_constant__ T
 #define UNROLL _Pragma("unroll")
+// Loops that the compiler may unroll as it likes.
+#define ROLLED
+#define FEW_AT_ONCE
 #define INFINITY_F __int_as_float(0x7f800000)
+#define SHARED(T, name) extern __shared__ __align__(128) T name[]
 
 // ---- lanes of a warp ----
 
@@ -29,6 +33,8 @@ DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu
 DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+// What lanes of a warp wrote to shared memory is there for its other lanes.
+DEVICE void warp_barrier() { __syncwarp(); }
 
 // ---- fast mathematics ----
 
@@ -43,7 +49,10 @@ DEVICE float log2_fast(float x) {
     return y;
 }
 DEVICE float reciprocal(float x) { return __fdiv_rn(1.0f, x); }
+DEVICE float divide_fast(float x, float y) { return __fdividef(x, y); }
+DEVICE float natural_log(float x) { return logf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
 
 // ---- 16-bit elements ----
 
@@ -121,6 +130,12 @@ DEVICE void copy_async16(u32 to, const void *from, bool valid) {
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 DEVICE void barrier() { __syncthreads(); }
+
+// ---- device memory ----
+
+template <typename T> DEVICE T *global(u64 address) { return reinterpret_cast<T *>(address); }
+// What no kernel writes, and all threads of a warp read alike.
+template <typename T> DEVICE const T *constant(u64 address) { return reinterpret_cast<const T *>(address); }
 
 // ---- atomics ----
 

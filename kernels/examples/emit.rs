@@ -2,7 +2,7 @@
 //! and `bench/attention.py`.
 //!
 //! ```text
-//! emit OUT ARCH every         every specialization that CI compiles
+//! emit OUT ARCH every         every specialization that CI compiles; ARCH is such as 90 or gfx942
 //! emit OUT ARCH < cases       those of the cases on standard input, with tiles and pieces
 //! ```
 //!
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use longspan_hal::{DType, Slice, Slices, Spec};
 use longspan_kernels::specialize::sections;
-use longspan_kernels::{Specialization, Target, View, WorkList};
+use longspan_kernels::{Prelude, Specialization, Target, View, WorkList};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -27,7 +27,11 @@ fn main() -> Outcome<()> {
         return Err("usage: emit OUT ARCH [every] < cases".into());
     };
     std::fs::create_dir_all(out)?;
-    let emit = Emit { out: PathBuf::from(out), target: Target::nvidia(arch.parse()?) };
+    let amd = Target::amd(arch, LDS_BYTES, LDS_BYTES);
+    let emit = match amd {
+        Some(target) => Emit { out: PathBuf::from(out), target, prelude: Prelude::Hip },
+        None => Emit { out: PathBuf::from(out), target: Target::nvidia(arch.parse()?), prelude: Prelude::Cuda },
+    };
     if rest.first().is_some_and(|a| a == "every") {
         return emit.every();
     }
@@ -44,9 +48,13 @@ fn main() -> Outcome<()> {
     Ok(())
 }
 
+/// Shared memory of a workgroup, and of a compute unit, on AMD GPUs.
+const LDS_BYTES: u32 = 64 << 10;
+
 struct Emit {
     out: PathBuf,
     target: Target,
+    prelude: Prelude,
 }
 
 impl Emit {
@@ -98,7 +106,7 @@ impl Emit {
 
     fn kernel(&self, case: &str, kind: &str, kernel: &Specialization, tiles: usize, section: u32) -> Outcome<()> {
         let key = format!("{:032x}", kernel.key());
-        write(&self.out.join(format!("{key}.cu")), kernel.source.text().as_bytes())?;
+        write(&self.out.join(format!("{key}.cu")), kernel.source.text(self.prelude).as_bytes())?;
         println!(
             "{case} {kind} {key} {} {} {} {} {tiles} {section} {} {}",
             kernel.shared_bytes,

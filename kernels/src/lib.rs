@@ -1,7 +1,7 @@
 //! Longspan's GPU kernels as text, and what a backend needs to compile and launch them. No GPU library is touched here.
 //!
-//! * [`Source`]: the CUDA C++ sources (`cu/`), one kernel a file. `cu/prelude_cuda.cuh` holds everything that only NVIDIA
-//!   has; another vendor brings a prelude with the same names.
+//! * [`Source`]: the CUDA C++ and HIP sources (`cu/`), one kernel a file. A [`Prelude`] holds everything that only one vendor
+//!   has (`cu/prelude_cuda.cuh`, `cu/prelude_hip.cuh`), under the same names.
 //! * [`Specialization`]: a source with its macros, launch shape and shared memory, chosen for a [`Spec`](longspan_hal::Spec)
 //!   and a [`Target`].
 //! * [`params`]: the structures that kernels take.
@@ -10,12 +10,13 @@
 //! A forward is one launch over [`WorkList::by_queries`]; a backward is one launch over [`WorkList::by_keys`], and in the
 //! deterministic mode a second one over query tiles.
 
+mod amd;
 mod hopper;
 pub mod params;
 pub mod source;
 pub mod specialize;
 pub mod tiling;
 
-pub use source::Source;
-pub use specialize::{Specialization, Target, View};
+pub use source::{Prelude, Source};
+pub use specialize::{Family, Specialization, Target, View};
 pub use tiling::WorkList;

@@ -1,26 +1,38 @@
 //! The kernel sources, compiled into the program.
 
-/// One kernel's source: what the vendor's prelude, the shared part and the kernel's own file hold, in this order; where it needs more of one
-/// architecture, or shares some, that comes before its own.
+/// What a vendor's kernels begin with: everything that only its GPUs have, under the same names.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Prelude {
+    /// NVIDIA, for NVRTC.
+    Cuda,
+    /// AMD, for hipRTC.
+    Hip,
+}
+
+impl Prelude {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::Cuda => include_str!("../cu/prelude_cuda.cuh"),
+            Self::Hip => include_str!("../cu/prelude_hip.cuh"),
+        }
+    }
+}
+
+/// One kernel's source: the shared part, then what the kernel's own file (and the fragments that it uses) holds.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Source {
     /// File name, for compiler messages.
     pub file: &'static str,
-    parts: [&'static str; 4],
+    parts: &'static [&'static str],
 }
 
 macro_rules! sources {
-    ($($(#[$doc:meta])* $name:ident = $file:literal $(with $($prelude:literal),+)?;)*) => {
+    ($($(#[$doc:meta])* $name:ident = $($file:literal)+;)*) => {
         impl Source {
-            $($(#[$doc])* pub const $name: Self = Self {
-                file: $file,
-                parts: [
-                    include_str!("../cu/prelude_cuda.cuh"),
-                    include_str!("../cu/common.cuh"),
-                    concat!($($(include_str!(concat!("../cu/", $prelude))),+)?),
-                    include_str!(concat!("../cu/", $file)),
-                ],
-            };)*
+            $($(#[$doc])* pub const $name: Self = Self::of(
+                [$($file),+],
+                &[include_str!("../cu/common.cuh"), $(include_str!(concat!("../cu/", $file))),+],
+            );)*
             /// All sources.
             pub const ALL: &'static [Self] = &[$(Self::$name),*];
         }
@@ -30,6 +42,12 @@ macro_rules! sources {
 sources! {
     /// `accumulate`.
     ACCUMULATE = "accumulate.cu";
+    /// `attention_backward` for 16-bit elements on AMD's matrix units.
+    AMD_BACKWARD = "fragments_amd.cuh" "amd_attention_backward.cu";
+    /// `attention_backward_dq` for 16-bit elements on AMD's matrix units, used in the deterministic mode.
+    AMD_BACKWARD_DQ = "fragments_amd.cuh" "amd_attention_backward_dq.cu";
+    /// `attention_forward` for 16-bit elements on AMD's matrix units.
+    AMD_FORWARD = "fragments_amd.cuh" "amd_attention_forward.cu";
     /// `copy_strided`.
     COPY = "copy_strided.cu";
     /// `fill`.
@@ -40,29 +58,33 @@ sources! {
     FMA_FORWARD = "fma_attention_forward.cu";
     /// `prepare_delta` and `prepare_dsinks`.
     PREPARE = "attention_prepare.cu";
-    /// `attention_backward` for 16-bit elements.
+    /// `attention_backward` for 16-bit elements on NVIDIA's tensor cores.
     SM80_BACKWARD = "sm80_attention_backward.cu";
-    /// `attention_backward_dq` for 16-bit elements, used in the deterministic mode.
+    /// `attention_backward_dq` for 16-bit elements on NVIDIA's tensor cores, used in the deterministic mode.
     SM80_BACKWARD_DQ = "sm80_attention_backward_dq.cu";
-    /// `attention_forward` for 16-bit elements.
+    /// `attention_forward` for 16-bit elements on NVIDIA's tensor cores.
     SM80_FORWARD = "sm80_attention_forward.cu";
     /// `attention_backward` for 16-bit elements on sm_90a.
-    SM90_BACKWARD = "sm90_attention_backward.cu" with "prelude_sm90.cuh", "sm90_backward.cuh";
+    SM90_BACKWARD = "prelude_sm90.cuh" "sm90_backward.cuh" "sm90_attention_backward.cu";
     /// `attention_backward_dq` for 16-bit elements on sm_90a: deterministic mode, large heads.
-    SM90_BACKWARD_DQ = "sm90_attention_backward_dq.cu" with "prelude_sm90.cuh";
+    SM90_BACKWARD_DQ = "prelude_sm90.cuh" "sm90_attention_backward_dq.cu";
     /// `attention_backward` for 16-bit elements and large heads on sm_90a.
-    SM90_BACKWARD_WIDE = "sm90_attention_backward_wide.cu" with "prelude_sm90.cuh", "sm90_backward.cuh";
+    SM90_BACKWARD_WIDE = "prelude_sm90.cuh" "sm90_backward.cuh" "sm90_attention_backward_wide.cu";
     /// `attention_forward` for 16-bit elements on sm_90a.
-    SM90_FORWARD = "sm90_attention_forward.cu" with "prelude_sm90.cuh";
+    SM90_FORWARD = "prelude_sm90.cuh" "sm90_attention_forward.cu";
 }
 
 impl Source {
-    /// The whole text: no file needs to be included, no include path is needed.
-    pub fn text(&self) -> String {
-        self.parts.concat()
+    const fn of<const N: usize>(files: [&'static str; N], parts: &'static [&'static str]) -> Self {
+        Self { file: files[N - 1], parts }
     }
 
-    /// Content hash (FNV-1a, 128 bits), for cache keys.
+    /// The whole text for a vendor: no file needs to be included, no include path is needed.
+    pub fn text(&self, prelude: Prelude) -> String {
+        prelude.text().to_owned() + &self.parts.concat()
+    }
+
+    /// Content hash (FNV-1a, 128 bits) of all but the prelude.
     pub fn hash(&self) -> u128 {
         self.parts.iter().fold(FNV_OFFSET, |h, part| fnv1a(h, part.as_bytes()))
     }
@@ -85,8 +107,9 @@ mod tests {
     #[test]
     fn every_source_has_its_own_hash_and_its_kernel() {
         for (i, a) in Source::ALL.iter().enumerate() {
-            assert!(a.text().contains("KERNEL("), "{}", a.file);
-            assert!(!a.text().contains("#include"), "{}", a.file);
+            for text in [Prelude::Cuda, Prelude::Hip].map(|prelude| a.text(prelude)) {
+                assert!(text.contains("KERNEL(") && !text.contains("#include"), "{}", a.file);
+            }
             assert!(Source::ALL[..i].iter().all(|b| a.hash() != b.hash()));
         }
     }

@@ -8,19 +8,32 @@ use std::fmt::Write as _;
 use longspan_hal::{DType, Error, Result, Spec, Strided};
 
 use crate::source::fnv1a;
-use crate::{Source, hopper};
+use crate::{Source, amd, hopper};
 
 /// Largest head size.
 pub const MAX_HEAD_DIM: usize = 256;
 
+/// GPUs whose matrix products are alike.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Family {
+    /// AMD's CDNA 2 and 3: MFMA, waves of 64 lanes.
+    Cdna,
+    /// NVIDIA from sm_80 on.
+    Nvidia,
+    /// AMD's RDNA 3: WMMA, waves of 32 lanes.
+    Rdna,
+}
+
 /// What a kernel may use of a device.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Target {
-    /// Compute capability, such as 80, 89, 90.
+    /// Its family.
+    pub family: Family,
+    /// Compute capability, such as 80, 89, 90; of AMD the number of the architecture in hexadecimal, such as 0x90a, 0x942.
     pub arch: u32,
     /// Shared memory of one block, in bytes.
     pub block_bytes: u32,
-    /// Shared memory of one multiprocessor, in bytes; each resident block takes 1 KiB more than it asks for.
+    /// Shared memory of one multiprocessor, in bytes; on NVIDIA each resident block takes 1 KiB more than it asks for.
     pub unit_bytes: u32,
     /// It has warpgroup products and tensor copies (sm_90a), and they may be used.
     pub flash3: bool,
@@ -29,7 +42,18 @@ pub struct Target {
 impl Target {
     /// A target from the device's own figures (`MAX_SHARED_MEMORY_PER_BLOCK_OPTIN`, `..._PER_MULTIPROCESSOR`).
     pub const fn new(arch: u32, block_bytes: u32, unit_bytes: u32) -> Self {
-        Self { arch, block_bytes, unit_bytes, flash3: arch == 90 }
+        Self { family: Family::Nvidia, arch, block_bytes, unit_bytes, flash3: arch == 90 }
+    }
+
+    /// The target that AMD names `gfx942` or `gfx942:sramecc+:xnack-`; `None` where there are no kernels for it.
+    pub fn amd(name: &str, block_bytes: u32, unit_bytes: u32) -> Option<Self> {
+        let arch = u32::from_str_radix(name.split(':').next()?.strip_prefix("gfx")?, 16).ok()?;
+        let family = match arch {
+            0x90a | 0x940..=0x942 | 0x950 => Family::Cdna,
+            0x1100..=0x1103 | 0x1150..=0x1153 => Family::Rdna,
+            _ => return None,
+        };
+        Some(Self { family, arch, block_bytes, unit_bytes, flash3: false })
     }
 
     /// The figures of a known NVIDIA architecture; of the smallest one for those unknown.
@@ -43,7 +67,8 @@ impl Target {
     }
 
     pub(crate) fn fits(&self, bytes: u32, blocks: u32) -> bool {
-        bytes <= self.block_bytes && (bytes + 1024) * blocks <= self.unit_bytes
+        let reserved = if self.family == Family::Nvidia { 1024 } else { 0 };
+        bytes <= self.block_bytes && (bytes + reserved) * blocks <= self.unit_bytes
     }
 }
 
@@ -123,7 +148,10 @@ impl Specialization {
     pub fn forward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Self> {
         head_sizes(backend, spec)?;
         if spec.dtype == DType::F32 {
-            return fma(Source::FMA_FORWARD, &["attention_forward"], spec);
+            return fma(backend, Source::FMA_FORWARD, &["attention_forward"], spec, target);
+        }
+        if target.family != Family::Nvidia {
+            return amd::forward(backend, spec, target, view);
         }
         if let Some(kernel) = hopper::forward(spec, target, view) {
             return Ok(kernel);
@@ -161,7 +189,10 @@ impl Specialization {
     pub fn backward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Self> {
         head_sizes(backend, spec)?;
         if spec.dtype == DType::F32 {
-            return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
+            return fma(backend, Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec, target);
+        }
+        if target.family != Family::Nvidia {
+            return amd::backward(backend, spec, target, view);
         }
         if let Some(kernel) = hopper::backward(spec, target, view) {
             return Ok(kernel);
@@ -208,7 +239,10 @@ impl Specialization {
     pub fn backward_dq(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Self> {
         head_sizes(backend, spec)?;
         if spec.dtype == DType::F32 {
-            return fma(Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec);
+            return fma(backend, Source::FMA_BACKWARD, &["attention_backward", "attention_backward_dq"], spec, target);
+        }
+        if target.family != Family::Nvidia {
+            return amd::backward_dq(backend, spec, target, view);
         }
         if let Some(kernel) = hopper::backward_dq(spec, target, view) {
             return Ok(kernel);
@@ -306,7 +340,7 @@ fn head_sizes(backend: &'static str, spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-fn no_tile(backend: &'static str, spec: &Spec) -> Error {
+pub(crate) fn no_tile(backend: &'static str, spec: &Spec) -> Error {
     Error::Unsupported {
         backend,
         what: format!("head_dim {} with head_dim_v {} on this device", spec.head_dim, spec.head_dim_v),
@@ -319,7 +353,7 @@ pub(crate) const fn padded(size: usize, to: usize) -> u32 {
 }
 
 /// A head size as tensor-core tiles have it: coarser where it is large, so that loads divide evenly among threads.
-const fn tiled(size: usize, step: usize) -> u32 {
+pub(crate) const fn tiled(size: usize, step: usize) -> u32 {
     match size {
         ..=96 => padded(size, step),
         97..=128 => padded(size, 32),
@@ -352,7 +386,7 @@ pub(crate) fn attention_defines(spec: &Spec, d: u32, dv: u32, aligned: bool) -> 
 }
 
 /// Whether logits are more than a positive factor times the dot product (the f32 kernels know no other form).
-fn transforms(spec: &Spec) -> bool {
+pub(crate) fn transforms(spec: &Spec) -> bool {
     spec.dtype == DType::F32 || spec.softcap.is_some() || spec.alibi || spec.scale <= 0.0
 }
 
@@ -362,7 +396,7 @@ pub(crate) fn is_heavy(spec: &Spec) -> bool {
 }
 
 /// Bytes of `rows` rows of 16-bit elements in shared memory (8 more elements a row).
-const fn tile_bytes(rows: u32, dim: u32) -> u32 {
+pub(crate) const fn tile_bytes(rows: u32, dim: u32) -> u32 {
     rows * (dim + 8) * 2
 }
 
@@ -520,20 +554,42 @@ fn dq_tile(d: u32, dv: u32, target: Target) -> Option<DqTile> {
         .find(|t| target.fits(t.bytes(d, dv), 1))
 }
 
-/// The f32 kernels: 32 rows a tile, 128 threads; sizes as in `cu/fma_*.cu`.
-fn fma(source: Source, entries: &'static [&'static str], spec: &Spec) -> Result<Specialization> {
+/// The f32 kernels: four threads a row; sizes as in `cu/fma_*.cu`.
+fn fma(
+    backend: &'static str,
+    source: Source,
+    entries: &'static [&'static str],
+    spec: &Spec,
+    target: Target,
+) -> Result<Specialization> {
     let (d, dv) = (padded(spec.head_dim, 32), padded(spec.head_dim_v, 32));
-    let (rows, narrow) = (32, d + dv > 320);
-    let row = |dim: u32| dim + 4;
-    let floats = if source == Source::FMA_FORWARD {
-        let others = if narrow { 16 } else { 32 };
-        rows * row(d) + others * (row(d) + row(dv)) + rows * (others + 1)
-    } else {
-        let others = if narrow { 8 } else { 32 };
-        (rows + others) * (row(d) + row(dv)) + 2 * rows * (others + 1)
+    let forward = source == Source::FMA_FORWARD;
+    let bytes = |rows: u32, others: u32| {
+        let (d, dv) = (d + 4, dv + 4);
+        let tiles = if forward { rows * d + others * (d + dv) } else { (rows + others) * (d + dv) };
+        4 * (tiles + if forward { 1 } else { 2 } * rows * (others + 1))
     };
+    let tiles: &[[u32; 2]] = match (d + dv > 320, forward) {
+        (false, _) => &[[32, 32], [32, 16], [32, 8], [16, 16], [16, 8]],
+        (true, true) => &[[32, 16], [32, 8], [16, 8]],
+        (true, false) => &[[32, 8], [16, 8]],
+    };
+    let tile = tiles.iter().find(|[rows, others]| target.fits(bytes(*rows, *others), 1));
+    let &[rows, others] = tile.ok_or_else(|| no_tile(backend, spec))?;
     let mut defines = attention_defines(spec, d, dv, false);
-    defines.push(format!("PARTIAL={}", u32::from(spec.partial)));
-    defines.push(format!("SHARED_BYTES={}", 4 * floats));
-    Ok(Specialization { source, entries, defines, threads: 128, shared_bytes: 4 * floats, rows, box_rows: 0 })
+    defines.extend([
+        format!("PARTIAL={}", u32::from(spec.partial)),
+        format!("FMA_ROWS={rows}"),
+        format!("FMA_OTHERS={others}"),
+        format!("SHARED_BYTES={}", bytes(rows, others)),
+    ]);
+    Ok(Specialization {
+        source,
+        entries,
+        defines,
+        threads: 4 * rows,
+        shared_bytes: bytes(rows, others),
+        rows,
+        box_rows: 0,
+    })
 }

@@ -2,9 +2,14 @@
 
 use longspan_hal::{DType, Spec, Strided};
 use longspan_kernels::specialize::MAX_HEAD_DIM;
-use longspan_kernels::{Specialization, Target, View};
+use longspan_kernels::{Family, Specialization, Target, View};
 
-const ARCHES: [u32; 5] = [80, 86, 89, 90, 100];
+/// All architectures that have figures of their own.
+fn targets() -> Vec<Target> {
+    let nvidia = [80, 86, 89, 90, 100].map(Target::nvidia);
+    let amd = ["gfx90a", "gfx942", "gfx1100"].map(|name| Target::amd(name, 64 << 10, 64 << 10).expect("known"));
+    nvidia.into_iter().chain(amd).collect()
+}
 
 /// Every head size with a few option sets.
 fn specs() -> impl Iterator<Item = Spec> {
@@ -26,16 +31,15 @@ fn number(kernel: &Specialization, name: &str) -> Option<u32> {
 
 #[test]
 fn every_head_size_has_kernels_that_fit_every_architecture() {
-    for (spec, arch) in specs().flat_map(|s| ARCHES.map(|a| (s.clone(), a))) {
-        let (target, view) =
-            (Target::nvidia(arch), View { aligned: spec.head_dim % 8 == 0, mapped: spec.head_dim % 8 == 0 });
+    for (spec, target) in specs().flat_map(|s| targets().into_iter().map(move |t| (s.clone(), t))) {
+        let view = View { aligned: spec.head_dim % 8 == 0, mapped: spec.head_dim % 8 == 0 };
         let kernels = [
             Specialization::forward("test", &spec, target, view),
             Specialization::backward("test", &spec, target, view),
             Specialization::backward_dq("test", &spec, target, view),
         ];
         for kernel in kernels {
-            let kernel = kernel.unwrap_or_else(|e| panic!("{} x {}, sm_{arch}: {e}", spec.head_dim, spec.head_dim_v));
+            let kernel = kernel.unwrap_or_else(|e| panic!("{} x {}, {target:?}: {e}", spec.head_dim, spec.head_dim_v));
             assert!(kernel.shared_bytes <= target.block_bytes, "{}", kernel.name());
             assert_eq!(number(&kernel, "SHARED_BYTES"), Some(kernel.shared_bytes), "{}", kernel.name());
             let (d, dv) = (number(&kernel, "HEAD_DIM"), number(&kernel, "HEAD_DIM_V"));
@@ -74,4 +78,27 @@ fn views_with_odd_strides_or_offsets_are_not_aligned() {
     assert!(!aligned(&view(4, 128, 64)) && !aligned(&view(0, 132, 64)) && !aligned(&view(0, 120, 60)));
     let statistics = Strided::new(DType::F32, 3, [1, 4, 2, 1], [0, 2, 1, 1]).expect("valid");
     assert!(View::of([&statistics, &view(0, 128, 64)]).aligned);
+}
+
+#[test]
+fn amd_names_have_a_family_or_no_kernels() {
+    let family = |name| Target::amd(name, 1, 1).map(|t| (t.family, t.arch));
+    assert_eq!(family("gfx942:sramecc+:xnack-"), Some((Family::Cdna, 0x942)));
+    assert_eq!(family("gfx90a"), Some((Family::Cdna, 0x90a)));
+    assert_eq!(family("gfx1100"), Some((Family::Rdna, 0x1100)));
+    assert_eq!(["gfx908", "gfx1030", "gfx1201", "sm_90", "gfx", ""].map(family), [None; 6]);
+}
+
+#[test]
+fn waves_divide_blocks() {
+    for (spec, target) in specs().flat_map(|s| targets().into_iter().map(move |t| (s.clone(), t))) {
+        let wave = if target.family == Family::Cdna { 64 } else { 32 };
+        let view = View { aligned: false, mapped: false };
+        for kernel in [
+            Specialization::forward("test", &spec, target, view),
+            Specialization::backward("test", &spec, target, view),
+        ] {
+            assert!(kernel.expect("supported").threads.is_multiple_of(wave));
+        }
+    }
 }

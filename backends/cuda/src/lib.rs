@@ -14,8 +14,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use longspan_gpu::{Asked, Codes, Facts, Flavor, GpuBackend, Machine, Place, Products, Vendor, in_site_packages};
 pub use longspan_gpu::{Cache, CacheFigures};
-use longspan_gpu::{Codes, Facts, GpuBackend, Machine, Place, Products, Vendor, in_site_packages};
+use longspan_hal::Result;
+use longspan_kernels::{Prelude, Target};
 
 /// NVIDIA GPUs as a backend: `cuda`.
 pub type Cuda = GpuBackend<Nvidia>;
@@ -45,7 +47,8 @@ impl Vendor for Nvidia {
 
 const FACTS: Facts = Facts {
     name: Nvidia::NAME,
-    flavor: 0,
+    flavor: Flavor::Cuda,
+    prelude: Prelude::Cuda,
     driver: Place {
         what: "libcuda",
         candidates: driver,
@@ -67,7 +70,8 @@ const FACTS: Facts = Facts {
         how_to_get_it: "pip install nvidia-nccl-cu13, or install libnccl2, or name the library in LONGSPAN_LIBNCCL",
     },
     codes: CODES,
-    arch,
+    target,
+    arch_flag: "--gpu-architecture=",
     flags: &["-std=c++17"],
     oldest: (12_000, "driver 525 (CUDA 12.0)"),
 };
@@ -96,9 +100,7 @@ const CODES: Codes = Codes {
     // launch timeout, assert, hardware stack error, illegal instruction, misaligned address, invalid address space,
     // invalid program counter, launch failed; and the system and device being lost.
     sticky: &[46, 214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 802, 999],
-    unified: 4,
     pointer_ordinal: 9,
-    function_shared: 8,
     capability: [75, 76],
     units: 16,
     block_bytes: 97,
@@ -109,6 +111,12 @@ const CODES: Codes = Codes {
     pool_threshold: 4,
     pool_figures: [5, 7],
 };
+
+/// The compute capability says it all.
+fn target(asked: &Asked) -> Result<(String, Target)> {
+    let Asked { major, minor, block_bytes, unit_bytes, .. } = *asked;
+    Ok((arch(major, minor), Target::new(10 * major + minor, block_bytes, unit_bytes)))
+}
 
 /// `sm_90a`: from 9.0 on with what only this architecture has.
 fn arch(major: u32, minor: u32) -> String {

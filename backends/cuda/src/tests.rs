@@ -30,7 +30,7 @@ fn a_library_that_is_not_a_driver_is_unavailable_and_names_the_symbol() {
     let search =
         Search { what: "libcuda", candidates: vec!["libc.so.6".into()], beside: &[], how_to_get_it: "a driver" };
     let library = Library::open(&search).expect("libc is part of the system");
-    let text = Driver::load(library, 0).expect_err("libc is no driver").to_string();
+    let text = Driver::load(library, Flavor::Cuda).expect_err("libc is no driver").to_string();
     assert!(text.contains("cuInit") && text.contains("libc.so.6"), "{text}");
 }
 
@@ -73,7 +73,7 @@ fn the_copy_kernels_compile() {
     for kernel in copies.iter().chain(&fills) {
         let mut options = vec![format!("--gpu-architecture={}", arch(9, 0)), "-std=c++17".to_owned()];
         options.extend(kernel.defines.iter().map(|d| format!("-D{d}")));
-        compiler.compile(&kernel.source.text(), kernel.source.file, &options).expect("it compiles");
+        compiler.compile(&kernel.source.text(Prelude::Cuda), kernel.source.file, &options).expect("it compiles");
     }
 }
 

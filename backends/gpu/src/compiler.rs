@@ -10,31 +10,31 @@ use crate::driver::Handle;
 use crate::machine::c_text;
 
 table! {
-    /// NVRTC: `libnvrtc.so`. All functions return 0 or an error code.
+    /// NVRTC or hipRTC: `libnvrtc.so`, `libhiprtc.so`. All functions return 0 or an error code.
     struct Functions {
         /// Version, major and minor.
-        fn version["nvrtcVersion"](major: *mut c_int, minor: *mut c_int) -> c_int;
+        fn version["nvrtcVersion", "hiprtcVersion"](major: *mut c_int, minor: *mut c_int) -> c_int;
         /// A program from text.
-        fn create["nvrtcCreateProgram"](
+        fn create["nvrtcCreateProgram", "hiprtcCreateProgram"](
             program: *mut Handle, source: *const c_char, name: *const c_char,
             header_count: c_int, headers: *const *const c_char, names: *const *const c_char,
         ) -> c_int;
         /// Frees a program.
-        fn destroy["nvrtcDestroyProgram"](program: *mut Handle) -> c_int;
+        fn destroy["nvrtcDestroyProgram", "hiprtcDestroyProgram"](program: *mut Handle) -> c_int;
         /// Compiles a program.
-        fn compile["nvrtcCompileProgram"](
+        fn compile["nvrtcCompileProgram", "hiprtcCompileProgram"](
             program: Handle, option_count: c_int, options: *const *const c_char,
         ) -> c_int;
         /// Bytes of the messages.
-        fn log_bytes["nvrtcGetProgramLogSize"](program: Handle, bytes: *mut usize) -> c_int;
+        fn log_bytes["nvrtcGetProgramLogSize", "hiprtcGetProgramLogSize"](program: Handle, bytes: *mut usize) -> c_int;
         /// The messages.
-        fn log["nvrtcGetProgramLog"](program: Handle, log: *mut c_char) -> c_int;
+        fn log["nvrtcGetProgramLog", "hiprtcGetProgramLog"](program: Handle, log: *mut c_char) -> c_int;
         /// Bytes of the machine code.
-        fn code_bytes["nvrtcGetCUBINSize"](program: Handle, bytes: *mut usize) -> c_int;
+        fn code_bytes["nvrtcGetCUBINSize", "hiprtcGetCodeSize"](program: Handle, bytes: *mut usize) -> c_int;
         /// The machine code.
-        fn code["nvrtcGetCUBIN"](program: Handle, code: *mut c_char) -> c_int;
+        fn code["nvrtcGetCUBIN", "hiprtcGetCode"](program: Handle, code: *mut c_char) -> c_int;
         /// Text of an error.
-        fn error_text["nvrtcGetErrorString"](code: c_int) -> *const c_char;
+        fn error_text["nvrtcGetErrorString", "hiprtcGetErrorString"](code: c_int) -> *const c_char;
     }
 }
 

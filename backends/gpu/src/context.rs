@@ -64,7 +64,10 @@ pub(crate) struct Figures {
 }
 
 /// The context is current on this thread while this lives.
-pub(crate) struct Bound(&'static Context);
+pub(crate) struct Bound {
+    context: &'static Context,
+    before: Handle,
+}
 
 impl Debug for Context {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
@@ -74,9 +77,7 @@ impl Debug for Context {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        let mut popped = 0;
-        // SAFETY: `popped` is written; the context was pushed on this thread.
-        let _ = unsafe { self.0.driver.pop_context(&mut popped) };
+        let _ = self.context.driver.pop_context(self.before);
     }
 }
 
@@ -92,8 +93,7 @@ impl Context {
         // SAFETY: `device` is written.
         machine.check(driver, unsafe { driver.device(&mut device, ordinal as i32) })?;
         let figures = Figures::of(machine, driver, device, info.name, info.memory_bytes)?;
-        // SAFETY: `raw` is written.
-        machine.check(driver, unsafe { driver.retain_context(&mut raw, device) })?;
+        machine.check(driver, driver.retain_context(&mut raw, device))?;
         let mut context = Self {
             machine,
             driver,
@@ -113,12 +113,10 @@ impl Context {
     }
 
     fn set_up(&mut self) -> Result<()> {
-        // SAFETY: the context was retained.
-        self.check(unsafe { self.driver.push_context(self.raw) })?;
+        let mut before = 0;
+        self.check(self.driver.push_context(self.raw, &mut before))?;
         let result = self.set_up_bound();
-        let mut popped = 0;
-        // SAFETY: pushed above.
-        let _ = unsafe { self.driver.pop_context(&mut popped) };
+        let _ = self.driver.pop_context(before);
         result
     }
 
@@ -157,9 +155,9 @@ impl Context {
         if let Some(error) = self.poison.get() {
             return Err(error.clone());
         }
-        // SAFETY: the context lives as long as the process.
-        self.check(unsafe { self.driver.push_context(self.raw) })?;
-        Ok(Bound(self))
+        let mut before = 0;
+        self.check(self.driver.push_context(self.raw, &mut before))?;
+        Ok(Bound { context: self, before })
     }
 
     /// An error for what a call of the driver returned, unless that is 0. After some errors the device is of no use to this
@@ -281,8 +279,7 @@ impl Context {
         for &other in devices.iter().filter(|d| **d != self.ordinal) {
             let peer = self.machine.context(other)?;
             let _bound = self.bind()?;
-            // SAFETY: both contexts live as long as the process.
-            let enabled = unsafe { self.driver.enable_peer(peer.raw, 0) };
+            let enabled = self.driver.enable_peer(peer.raw);
             if enabled.value != self.machine.facts().codes.peer_enabled {
                 self.check(enabled)?;
             }
@@ -306,12 +303,7 @@ impl Context {
 impl Figures {
     fn of(machine: &Machine, driver: &Driver, device: i32, name: String, memory_bytes: u64) -> Result<Self> {
         let codes = machine.facts().codes;
-        let ask = |attribute: i32| -> Result<u32> {
-            let mut value = 0;
-            // SAFETY: `value` is written.
-            machine.check(driver, unsafe { driver.device_attribute(&mut value, attribute, device) })?;
-            Ok(u32::try_from(value).unwrap_or(0))
-        };
+        let ask = |attribute: i32| machine.ask(driver, device, attribute);
         if ask(codes.pools)? == 0 {
             return Err(Error::Unavailable {
                 library: format!("{name} as a device with memory pools"),
@@ -319,16 +311,16 @@ impl Figures {
                 how_to_get_it: "use a newer driver, outside of a restricted virtual machine".to_owned(),
             });
         }
-        let [major, minor] = [ask(codes.capability[0])?, ask(codes.capability[1])?];
-        let target = Target::new(10 * major + minor, ask(codes.block_bytes)?, ask(codes.unit_bytes)?);
         let flash3 = machine.kernels()? != KernelClass::Flash2;
         let mut driver_version = 0;
         // SAFETY: `driver_version` is written.
         machine.check(driver, unsafe { driver.version(&mut driver_version) })?;
+        let asked = machine.asked(driver, device, name)?;
+        let (arch, target) = (machine.facts().target)(&asked)?;
         Ok(Self {
-            name,
+            name: asked.name,
             memory_bytes,
-            arch: (machine.facts().arch)(major, minor),
+            arch,
             units: ask(codes.units)?,
             cache_bytes: ask(codes.cache_bytes)? as usize,
             target: Target { flash3: target.flash3 && flash3, ..target },

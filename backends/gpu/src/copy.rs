@@ -14,7 +14,7 @@ use longspan_hal::{Error, Result, Strided};
 use longspan_kernels::Specialization;
 use longspan_kernels::params::{CopyParams, FillParams, MAX_REGIONS, Region, Tensor, width};
 
-use crate::driver::{Address, Copy2d, Side2d};
+use crate::driver::{Address, Rows};
 use crate::launch::Grid;
 use crate::stream::GpuStream;
 
@@ -178,18 +178,19 @@ fn plain(on: &GpuStream, job: &Job) -> Result<()> {
 }
 
 fn by_engine(on: &GpuStream, job: &Job) -> Result<()> {
-    let (context, kind) = (on.context(), on.context().machine.facts().codes.unified);
+    let context = on.context();
     let (rows, offsets) = job.form.offsets();
     let Some(rows) = rows else { return plain(on, job) };
     for (from, to) in offsets {
-        let side = |address, pitch| Side2d { kind, device: address, pitch, ..Side2d::default() };
-        let copy = Copy2d {
-            from: side(job.from + from as Address, rows.from),
-            to: side(job.to + to as Address, rows.to),
+        let copy = Rows {
+            to: job.to + to as Address,
+            to_pitch: rows.to,
+            from: job.from + from as Address,
+            from_pitch: rows.from,
             width: job.form.run,
             height: rows.count,
         };
-        // SAFETY: `copy` is read by the call; memory as in `plain`.
+        // SAFETY: memory as in `plain`.
         context.check(unsafe { context.driver.copy_2d(&copy, on.raw()) })?;
     }
     Ok(())

@@ -109,8 +109,11 @@ fn caps(context: &Context) -> Caps {
     caps
 }
 
-/// `13000` is 13.0.
+/// CUDA's `13000` is 13.0, HIP's `60342131` is 6.3.
 pub(crate) fn version_text(version: i32) -> String {
+    if version >= 10_000_000 {
+        return format!("{}.{}", version / 10_000_000, version / 100_000 % 100);
+    }
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
@@ -260,6 +263,6 @@ mod tests {
 
     #[test]
     fn versions_read_as_people_write_them() {
-        assert_eq!([version_text(13000), version_text(12080)], ["13.0".to_owned(), "12.8".to_owned()]);
+        assert_eq!([13_000, 12_080, 60_342_131].map(version_text), ["13.0", "12.8", "6.3"].map(str::to_owned));
     }
 }

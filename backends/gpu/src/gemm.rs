@@ -68,7 +68,7 @@ impl Products {
     pub(crate) fn load(&self, machine: &Machine) -> Result<Functions> {
         let Place { what, candidates, beside, how_to_get_it } = self.place;
         let search = longspan_dylib::Search { what, candidates: candidates(), beside, how_to_get_it };
-        Functions::load(Library::open(&search)?, machine.facts().flavor)
+        Functions::load(Library::open(&search)?, machine.facts().flavor.column())
     }
 
     /// Measures `device`.

@@ -49,10 +49,10 @@ impl Context {
     fn code(&self, of: &Specialization) -> Result<Vec<u8>> {
         let (facts, arch) = (self.machine.facts(), &self.figures.arch);
         let compiler = self.machine.compiler()?;
-        let mut options = vec![format!("--gpu-architecture={arch}")];
+        let mut options = vec![format!("{}{arch}", facts.arch_flag)];
         options.extend(facts.flags.iter().map(|flag| (*flag).to_owned()));
         options.extend(of.defines.iter().map(|define| format!("-D{define}")));
-        let source = of.source.text();
+        let source = of.source.text(facts.prelude);
         let version = compiler.version();
         let key = Key::of([source.as_str(), &options.join(" "), &version, arch]);
         let cache = Cache::open(facts.name);
@@ -77,9 +77,9 @@ impl Context {
             // SAFETY: `function` is written; the module is never unloaded.
             self.check(unsafe { self.driver.module_function(&mut function, module, name.as_ptr()) })?;
             if of.shared_bytes > 0 {
-                let attribute = self.machine.facts().codes.function_shared;
-                // SAFETY: no pointers.
-                self.check(unsafe { self.driver.function_set(function, attribute, of.shared_bytes as i32) })?;
+                // SAFETY: the function is the module's.
+                let told = unsafe { self.driver.allow_shared(function, of.shared_bytes) };
+                told.map_or(Ok(()), |told| self.check(told))?;
             }
             functions.push(function);
         }

@@ -7,10 +7,11 @@ use std::sync::{Mutex, OnceLock};
 
 use longspan_dylib::{Library, Search};
 use longspan_hal::{DeviceInfo, Error, KernelClass, Result, Transport};
+use longspan_kernels::{Prelude, Target};
 
 use crate::compiler::Compiler;
 use crate::context::Context;
-use crate::driver::Driver;
+use crate::driver::{Driver, Flavor};
 use crate::gemm::{Functions, Products};
 use crate::group::Groups;
 use crate::nccl::Nccl;
@@ -56,8 +57,10 @@ pub struct Machine {
 pub struct Facts {
     /// Name of the backend, as errors carry it.
     pub name: &'static str,
-    /// Column of symbols in the tables.
-    pub flavor: usize,
+    /// The shape of its driver, and the column of symbols in the tables.
+    pub flavor: Flavor,
+    /// What its kernels begin with.
+    pub prelude: Prelude,
     /// The driver's library.
     pub driver: Place,
     /// The run-time compiler's library.
@@ -66,12 +69,31 @@ pub struct Facts {
     pub nccl: Place,
     /// Numbers of the driver's interface.
     pub codes: Codes,
-    /// What the compiler and the kernels call an architecture of this compute capability.
-    pub arch: fn(major: u32, minor: u32) -> String,
+    /// What the compiler calls a device's architecture, and what kernels may use of it.
+    pub target: fn(&Asked) -> Result<(String, Target)>,
+    /// The compiler's flag for the architecture, up to its name.
+    pub arch_flag: &'static str,
     /// Flags of the compiler, beside the architecture and macros.
     pub flags: &'static [&'static str],
     /// The driver's oldest version that works, and what that is to people.
     pub oldest: (i32, &'static str),
+}
+
+/// What a device says of itself.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// Compute capability.
+    pub major: u32,
+    /// Compute capability.
+    pub minor: u32,
+    /// Shared memory of a block, in bytes.
+    pub block_bytes: u32,
+    /// Shared memory of a multiprocessor, in bytes.
+    pub unit_bytes: u32,
+    /// Name of the architecture, where the driver knows it.
+    pub arch: Option<String>,
+    /// Name of the device.
+    pub name: String,
 }
 
 /// Where a library is looked for.
@@ -105,12 +127,8 @@ pub struct Codes {
     pub peer_enabled: i32,
     /// Errors after which a context is of no use.
     pub sticky: &'static [i32],
-    /// Memory kind: the address says where it is.
-    pub unified: u32,
     /// Pointer attribute: ordinal of the device.
     pub pointer_ordinal: i32,
-    /// Function attribute: dynamic shared memory.
-    pub function_shared: i32,
     /// Device attribute: compute capability, major and minor.
     pub capability: [i32; 2],
     /// Device attribute: number of multiprocessors.
@@ -179,7 +197,7 @@ impl Machine {
             return Err(unavailable(format!("it is too old; {} is the oldest that works", self.facts.oldest.1)));
         }
         if started.value != 0 {
-            let text = text_of(driver, started.value);
+            let text = driver.error_text(started.value);
             return Err(unavailable(format!("{} failed with code {}: {text}", started.call, started.value)));
         }
         Ok(())
@@ -190,7 +208,7 @@ impl Machine {
     /// # Errors
     /// [`Error::Unavailable`].
     pub fn compiler(&self) -> Result<&Compiler> {
-        let load = || Compiler::load(self.facts.name, self.facts.compiler.open()?, self.facts.flavor);
+        let load = || Compiler::load(self.facts.name, self.facts.compiler.open()?, self.facts.flavor.column());
         self.compiler.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
@@ -199,7 +217,7 @@ impl Machine {
     /// # Errors
     /// [`Error::Unavailable`].
     pub(crate) fn nccl(&'static self) -> Result<&'static Nccl> {
-        let load = || Nccl::load(self.facts.nccl.open()?, self.facts.flavor);
+        let load = || Nccl::load(self.facts.nccl.open()?, self.facts.flavor.column());
         self.nccl.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
@@ -296,14 +314,35 @@ impl Machine {
     /// [`Error::Driver`].
     pub(crate) fn arch(&self, driver: &Driver, ordinal: u32) -> Result<(String, u32)> {
         let device = self.device(driver, ordinal)?;
-        let ask = |attribute: i32| -> Result<u32> {
-            let mut value = 0;
-            // SAFETY: `value` is written.
-            self.check(driver, unsafe { driver.device_attribute(&mut value, attribute, device) })?;
-            Ok(u32::try_from(value).unwrap_or(0))
-        };
-        let [major, minor] = self.facts.codes.capability;
-        Ok(((self.facts.arch)(ask(major)?, ask(minor)?), ask(self.facts.codes.units)?))
+        let units = self.ask(driver, device, self.facts.codes.units)?;
+        Ok(((self.facts.target)(&self.asked(driver, device, String::new())?)?.0, units))
+    }
+
+    /// A figure of a device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub(crate) fn ask(&self, driver: &Driver, device: i32, attribute: i32) -> Result<u32> {
+        let mut value = 0;
+        // SAFETY: `value` is written.
+        self.check(driver, unsafe { driver.device_attribute(&mut value, attribute, device) })?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    }
+
+    /// What a device, called `name`, says of itself.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], [`Error::Unavailable`].
+    pub(crate) fn asked(&self, driver: &Driver, device: i32, name: String) -> Result<Asked> {
+        let (codes, ask) = (&self.facts.codes, |attribute| self.ask(driver, device, attribute));
+        Ok(Asked {
+            major: ask(codes.capability[0])?,
+            minor: ask(codes.capability[1])?,
+            block_bytes: ask(codes.block_bytes)?,
+            unit_bytes: ask(codes.unit_bytes)?,
+            arch: driver.arch_name(device)?,
+            name,
+        })
     }
 
     /// Whether device `a` can access memory of device `b`.
@@ -335,21 +374,9 @@ impl Machine {
             backend: self.facts.name,
             call: returned.call,
             code: i64::from(returned.value),
-            message: text_of(driver, returned.value),
+            message: driver.error_text(returned.value),
         })
     }
-}
-
-/// The driver's own name and text of an error.
-fn text_of(driver: &Driver, code: i32) -> String {
-    let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: both pointers are set to static strings, or left null for unknown codes.
-    unsafe {
-        let _ = driver.error_name(code, &mut name);
-        let _ = driver.error_text(code, &mut text);
-    }
-    // SAFETY: as above.
-    unsafe { format!("{} ({})", c_text(text), c_text(name)) }
 }
 
 /// A C string, or a placeholder for null.

@@ -55,7 +55,7 @@ impl GpuStream {
         let _bound = context.bind()?;
         let mut owner = 0;
         // SAFETY: the stream is alive, `owner` is written.
-        context.check(unsafe { context.driver.stream_context(raw, &mut owner) })?;
+        context.check(unsafe { context.driver.stream_context(raw, &mut owner) }?)?;
         if owner != context.raw {
             return Err(Error::invalid("stream", format!("it is not of device {}'s shared context", context.ordinal)));
         }

@@ -58,6 +58,7 @@ pub fn what(name: &str) -> &'static str {
         "cpu-nccl-like" => "the same with NCCL's habits: packs what it sends, arrives late",
         "cpu-push" => "the same with senders that write into the receivers' windows",
         "cuda" => "NVIDIA GPUs: ranks are threads of this process, on devices of their own or on shared ones",
+        "rocm" => "AMD GPUs: ranks are threads of this process, on devices of their own or on shared ones",
         _ => "",
     }
 }

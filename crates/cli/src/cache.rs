@@ -17,7 +17,8 @@ pub fn cache(args: &CacheArgs) -> Result<()> {
 
 fn text(caches: &[KernelCache], cleared: bool) -> String {
     if caches.is_empty() {
-        return "No backend in this build keeps compiled kernels; those of GPUs do (cargo feature `cuda`)\n".to_owned();
+        return "No backend in this build keeps compiled kernels; those of GPUs do (cargo features `cuda`, `rocm`)\n"
+            .to_owned();
     }
     let mut table = Table::new(&["backend", "kernels", "bytes", "folder"]);
     for cache in caches {

@@ -6,19 +6,24 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Crates of ours, and which of ours each may depend on; dev-dependencies may go further (see [`dev_only`]).
-const MAY: [(&str, &[&str]); 13] = [
+const MAY: [(&str, &[&str]); 15] = [
     ("ascendcl-sys", &["longspan-dylib", "longspan-hal"]),
-    ("longspan", &["longspan-ascend", "longspan-cpu", "longspan-cuda", "longspan-hal", "longspan-seqpar"]),
+    (
+        "longspan",
+        &["longspan-ascend", "longspan-cpu", "longspan-cuda", "longspan-hal", "longspan-rocm", "longspan-seqpar"],
+    ),
     ("longspan-ascend", &["ascendcl-sys", "longspan-hal"]),
     ("longspan-ascend-emulator", &[]),
     ("longspan-cli", &["longspan", "longspan-conformance", "longspan-hal", "longspan-seqpar"]),
     ("longspan-conformance", &["longspan", "longspan-hal", "longspan-seqpar"]),
     ("longspan-cpu", &["longspan-hal"]),
-    ("longspan-cuda", &["longspan-gpu"]),
+    ("longspan-cuda", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
     ("longspan-dylib", &["longspan-hal"]),
     ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels"]),
     ("longspan-hal", &[]),
     ("longspan-kernels", &["longspan-hal"]),
+    ("longspan-rocm", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
+    ("longspan-rocm-emulator", &[]),
     ("longspan-seqpar", &["longspan-hal"]),
 ];
 
@@ -55,8 +60,9 @@ fn dependencies_go_in_the_right_direction() {
 /// Tests may use backends and the suite, but nothing above themselves.
 fn dev_only(name: &str, on: &str) -> bool {
     match on {
-        "longspan" | "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
+        "longspan" => name == "longspan-cuda",
         "longspan-ascend-emulator" => name == "longspan-ascend",
+        "longspan-rocm-emulator" => name == "longspan-rocm",
         "longspan-conformance" => name != "longspan-hal",
         "longspan-cpu" => ["longspan-conformance", "longspan-seqpar", "longspan-cli"].contains(&name),
         _ => false,

@@ -67,6 +67,7 @@ pub struct Search {
 }
 
 /// A loaded library. It stays loaded for the life of the process: vendors' libraries start threads of their own.
+#[derive(Clone)]
 pub struct Library {
     inner: &'static libloading::Library,
     /// What was found where.

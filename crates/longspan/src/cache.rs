@@ -17,11 +17,31 @@ pub struct KernelCache {
     pub bytes: u64,
 }
 
+/// The cache of one GPU vendor: `figures` or `clear`.
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+macro_rules! of {
+    ($Backend:ty, $Cache:ty, $figures:expr) => {{
+        let backend = <$Backend as longspan_hal::Backend>::NAME;
+        let cache = <$Cache>::open(backend);
+        let figures = $figures(&cache);
+        let folder = cache.folder().map(std::path::Path::to_owned);
+        (KernelCache { backend, folder, files: 0, bytes: 0 }, figures)
+    }};
+}
+
 /// The kernels of every backend that was compiled in and keeps some.
 pub fn kernel_caches() -> Vec<KernelCache> {
     Vec::from([
         #[cfg(feature = "cuda")]
-        of(&cuda(), cuda().figures()),
+        {
+            let (cache, figures) = of!(longspan_cuda::Cuda, longspan_cuda::Cache, longspan_cuda::Cache::figures);
+            KernelCache { files: figures.files, bytes: figures.bytes, ..cache }
+        },
+        #[cfg(feature = "rocm")]
+        {
+            let (cache, figures) = of!(longspan_rocm::Rocm, longspan_rocm::Cache, longspan_rocm::Cache::figures);
+            KernelCache { files: figures.files, bytes: figures.bytes, ..cache }
+        },
     ])
 }
 
@@ -32,18 +52,16 @@ pub fn kernel_caches() -> Vec<KernelCache> {
 pub fn clear_kernel_caches() -> Result<Vec<KernelCache>> {
     Ok(Vec::from([
         #[cfg(feature = "cuda")]
-        of(&cuda(), cuda().clear()?),
+        {
+            let (cache, figures) = of!(longspan_cuda::Cuda, longspan_cuda::Cache, longspan_cuda::Cache::clear);
+            let figures = figures?;
+            KernelCache { files: figures.files, bytes: figures.bytes, ..cache }
+        },
+        #[cfg(feature = "rocm")]
+        {
+            let (cache, figures) = of!(longspan_rocm::Rocm, longspan_rocm::Cache, longspan_rocm::Cache::clear);
+            let figures = figures?;
+            KernelCache { files: figures.files, bytes: figures.bytes, ..cache }
+        },
     ]))
-}
-
-#[cfg(feature = "cuda")]
-fn cuda() -> longspan_cuda::Cache {
-    longspan_cuda::Cache::open(<longspan_cuda::Cuda as longspan_hal::Backend>::NAME)
-}
-
-#[cfg(feature = "cuda")]
-fn of(cache: &longspan_cuda::Cache, figures: longspan_cuda::CacheFigures) -> KernelCache {
-    let backend = <longspan_cuda::Cuda as longspan_hal::Backend>::NAME;
-    let folder = cache.folder().map(std::path::Path::to_owned);
-    KernelCache { backend, folder, files: figures.files, bytes: figures.bytes }
 }

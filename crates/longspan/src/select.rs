@@ -24,6 +24,8 @@ pub fn backends() -> Vec<&'static str> {
     names.extend(longspan_cpu::Cpu::names());
     #[cfg(feature = "cuda")]
     names.push(longspan_cuda::Cuda::NAME);
+    #[cfg(feature = "rocm")]
+    names.push(longspan_rocm::Rocm::NAME);
     names
 }
 
@@ -32,7 +34,7 @@ pub fn backends() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
 /// if a library is missing.
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(unused_variables))] // without any backend, nothing is visited
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "rocm")), allow(unused_variables))] // without any backend, nothing is visited
 pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
     let (name, indices) = parse(selector)?;
     match name {
@@ -48,6 +50,8 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
         }
         #[cfg(feature = "cuda")]
         "cuda" => open::<longspan_cuda::Cuda, V>(&indices, visitor),
+        #[cfg(feature = "rocm")]
+        "rocm" => open::<longspan_rocm::Rocm, V>(&indices, visitor),
         _ => Err(Error::invalid(
             "backend",
             format!(
@@ -116,6 +120,8 @@ pub fn findings(name: &str) -> Option<Vec<Finding>> {
         name if longspan_cpu::Cpu::named(name).is_some() => Some(longspan_cpu::Cpu::findings()),
         #[cfg(feature = "cuda")]
         "cuda" => Some(longspan_cuda::Cuda::findings()),
+        #[cfg(feature = "rocm")]
+        "rocm" => Some(longspan_rocm::Rocm::findings()),
         _ => None,
     }
 }
@@ -128,7 +134,7 @@ fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
     Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
 }
 
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(dead_code))]
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "rocm")), allow(dead_code))]
 fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
     let all = B::devices()?;
     if indices.is_empty() {

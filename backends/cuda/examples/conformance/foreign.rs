@@ -20,6 +20,7 @@ pub fn cases() -> Vec<Case<Cuda>> {
 
 /// Memory and a stream by the driver's own calls.
 struct Foreign {
+    before: Handle,
     driver: &'static Driver,
     memory: Address,
     stream: Handle,
@@ -38,26 +39,24 @@ fn ok(returned: longspan_gpu::dylib::Returned<i32>) -> Result<()> {
 impl Foreign {
     fn new(context: &mut Handle) -> Result<Self> {
         let driver = Nvidia::machine().driver()?;
-        let (mut device, mut memory, mut stream) = (0, 0, 0);
+        let (mut device, mut before, mut memory, mut stream) = (0, 0, 0, 0);
         // SAFETY: see `ok`.
         unsafe {
             ok(driver.device(&mut device, 0))?;
             ok(driver.retain_context(context, device))?;
-            ok(driver.push_context(*context))?;
+            ok(driver.push_context(*context, &mut before))?;
             ok(driver.alloc(&mut memory, BYTES))?;
             ok(driver.stream_create(&mut stream, 0, 0))?;
         }
-        Ok(Self { driver, memory, stream })
+        Ok(Self { before, driver, memory, stream })
     }
 }
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        let mut popped = 0;
         // SAFETY: see `ok`; nothing uses either any more.
         let _ = unsafe { (self.driver.stream_destroy(self.stream), self.driver.free(self.memory)) };
-        // SAFETY: see `ok`.
-        let _ = unsafe { self.driver.pop_context(&mut popped) };
+        let _ = self.driver.pop_context(self.before);
     }
 }
 

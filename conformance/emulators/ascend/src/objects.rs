@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use crate::memory::span;
 use crate::operator::Executor;
-use crate::state::{Handles, code, misuse};
+use crate::state::{Handles, code, misuse, print_counts};
 use crate::tensor::{Tensor, dtype};
 
 pub(crate) static TENSORS: Handles<Tensor> = Handles::new();
@@ -19,9 +19,12 @@ pub(crate) struct Scalar {
     pub int: i64,
 }
 
-/// Live tensors, scalars, arrays and executors.
-pub(crate) fn live() -> (usize, usize, usize, usize) {
-    (TENSORS.len(), SCALARS.len(), ARRAYS.len(), EXECUTORS.len())
+/// Prints all counters and live objects on standard error.
+#[unsafe(no_mangle)]
+pub extern "C" fn longspan_emulator_report() {
+    print_counts();
+    let (tensors, scalars, arrays, executors) = (TENSORS.len(), SCALARS.len(), ARRAYS.len(), EXECUTORS.len());
+    eprintln!("live tensors: {tensors}, scalars: {scalars}, int arrays: {arrays}, executors: {executors}");
 }
 
 fn null<T>(text: &str) -> *mut T {

@@ -1,4 +1,4 @@
-//! What the whole process shares: configuration, handles, counters, and the list of misuses.
+//! Compiled into every emulator, which brings its vendor's `code`s. What the whole process shares: configuration, handles, counters, and the list of misuses.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -7,31 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Codes of the vendor that the emulator gives.
-pub mod code {
-    /// Success.
-    pub const OK: i32 = 0;
-    /// A wrong argument.
-    pub const INVALID: i32 = 100_000;
-    /// `aclInit` a second time.
-    pub const REPEAT: i32 = 100_002;
-    /// No context on this thread.
-    pub const NO_CONTEXT: i32 = 107_002;
-    /// A stream or event of another context.
-    pub const OTHER_CONTEXT: i32 = 107_003;
-    /// Out of device memory.
-    pub const MEMORY: i32 = 207_001;
-    /// A core met an exception: bad memory at run time.
-    pub const EXCEPTION: i32 = 507_015;
-    /// A wait on a stream ran out.
-    pub const SYNC_TIMEOUT: i32 = 507_046;
-    /// A communication task ran out of time.
-    pub const TASK_TIMEOUT: i32 = 507_014;
-    /// aclnn: a wrong argument.
-    pub const NN_INVALID: i32 = 161_002;
-    /// aclnn: a null pointer or a handle that does not live.
-    pub const NN_NULL: i32 = 161_001;
-}
+pub(crate) use crate::code;
 
 /// Locks; a panic of another thread does not matter here.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -155,12 +131,9 @@ pub extern "C" fn longspan_emulator_misuses(print: i32) -> u64 {
     misuses.len() as u64
 }
 
-/// Prints all counters and live objects on standard error.
-#[unsafe(no_mangle)]
-pub extern "C" fn longspan_emulator_report() {
+/// Prints all counters on standard error.
+pub fn print_counts() {
     for (name, n) in lock(&COUNTS).iter() {
         eprintln!("{name}: {n}");
     }
-    let (tensors, scalars, arrays, executors) = crate::objects::live();
-    eprintln!("live tensors: {tensors}, scalars: {scalars}, int arrays: {arrays}, executors: {executors}");
 }

@@ -1,4 +1,4 @@
-//! Device and page-locked memory.
+//! Compiled into every emulator. Device and page-locked memory.
 //!
 //! Device memory is one sparse file in memory, mapped twice: the client's pointers lead into a mapping without any access,
 //! the emulator works in the other.
@@ -44,7 +44,7 @@ static ARENA: LazyLock<Option<Arena>> = LazyLock::new(|| {
     let size = CONFIG.memory;
     // SAFETY: plain system calls with valid arguments; failures are checked.
     unsafe {
-        let file = libc::memfd_create(c"longspan-ascend-emulator".as_ptr(), libc::MFD_CLOEXEC);
+        let file = libc::memfd_create(c"longspan-emulator".as_ptr(), libc::MFD_CLOEXEC);
         if file < 0 || libc::ftruncate(file, size as libc::off_t) != 0 {
             return None;
         }
@@ -63,10 +63,11 @@ static ARENA: LazyLock<Option<Arena>> = LazyLock::new(|| {
 /// Page-locked host memory: address to bytes.
 static PINNED: LazyLock<Mutex<BTreeMap<usize, usize>>> = LazyLock::new(Mutex::default);
 
-/// Allocates device memory.
+/// Allocates device memory. Behind it lies a stretch of its own that nobody may write.
 pub fn allocate(bytes: usize, device: u32) -> Result<*mut c_void, i32> {
     let arena = ARENA.as_ref().ok_or_else(|| fail(code::MEMORY, "no address space"))?;
-    let size = bytes.max(1).checked_next_multiple_of(ALIGN).ok_or_else(|| fail(code::MEMORY, "size overflows"))?;
+    let size = bytes.max(1).checked_next_multiple_of(ALIGN).and_then(|size| size.checked_add(ALIGN));
+    let size = size.ok_or_else(|| fail(code::MEMORY, "size overflows"))?;
     let mut blocks = lock(&arena.blocks);
     let gap = blocks.free.iter().find(|(_, have)| **have >= size).map(|(at, have)| (*at, *have));
     let Some((at, have)) = gap else { return Err(fail(code::MEMORY, format!("no {bytes} bytes left"))) };
@@ -94,12 +95,15 @@ pub fn free(pointer: *mut c_void) -> i32 {
     let at = (pointer as usize).wrapping_sub(arena.client);
     let mut blocks = lock(&arena.blocks);
     let Some((size, ..)) = blocks.live.remove(&at) else {
-        return misuse(code::INVALID, "aclrtFree of memory that is not allocated (freed twice?)");
+        return misuse(code::INVALID, "a free of device memory that is not allocated (freed twice?)");
     };
     // SAFETY: the block lies inside the arena's own mapping. Large blocks go back to the system; they read as 0 then, and are
     // poisoned when they are allocated again.
     unsafe {
         let memory = (arena.mine + at) as *mut u8;
+        if std::slice::from_raw_parts(memory.add(size - ALIGN), ALIGN).iter().any(|b| *b != POISON) {
+            misuse(code::EXCEPTION, "something was written behind an allocation");
+        }
         if size >= 1 << 20 && at % 4096 == 0 {
             libc::madvise(memory.cast(), size & !4095, libc::MADV_REMOVE);
         } else {
@@ -121,6 +125,48 @@ pub fn free(pointer: *mut c_void) -> i32 {
     code::OK
 }
 
+/// Number of kernels that run, which alone may use the client's mapping.
+static OPEN: Mutex<u32> = Mutex::new(0);
+
+/// The client's mapping can be accessed while this lives.
+pub struct Open;
+
+/// Opens the client's mapping to a kernel.
+pub fn open() -> Open {
+    let mut kernels = lock(&OPEN);
+    if *kernels == 0 {
+        protect(libc::PROT_READ | libc::PROT_WRITE);
+    }
+    *kernels += 1;
+    Open
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let mut kernels = lock(&OPEN);
+        *kernels -= 1;
+        if *kernels == 0 {
+            protect(libc::PROT_NONE);
+        }
+    }
+}
+
+fn protect(access: i32) {
+    if let Some(arena) = ARENA.as_ref() {
+        // SAFETY: the whole mapping is the arena's own. If it fails, a kernel (or the host) meets a fault, which is the point.
+        unsafe { libc::mprotect(arena.client as *mut c_void, arena.size, access) };
+    }
+}
+
+/// The device that memory at `pointer` was allocated on.
+pub fn owner(pointer: *const c_void) -> Option<u32> {
+    let arena = ARENA.as_ref()?;
+    let offset = (pointer as usize).checked_sub(arena.client)?;
+    let blocks = lock(&arena.blocks);
+    let (&block, &(size, _, device)) = blocks.live.range(..=offset).next_back()?;
+    (offset < block + size).then_some(device)
+}
+
 /// Free and total bytes.
 pub fn figures() -> (usize, usize) {
     ARENA.as_ref().map_or((0, 0), |a| (a.size - lock(&a.blocks).used, a.size))
@@ -132,7 +178,7 @@ pub fn span(pointer: *const c_void, bytes: usize) -> Option<Span> {
     let offset = (pointer as usize).checked_sub(arena.client)?;
     let blocks = lock(&arena.blocks);
     let (&block, &(size, id, _)) = blocks.live.range(..=offset).next_back()?;
-    (offset + bytes <= block + size).then_some(Span { offset, bytes, block, id })
+    (offset + bytes <= block + size - ALIGN).then_some(Span { offset, bytes, block, id })
 }
 
 impl Span {
@@ -182,7 +228,7 @@ pub fn free_host(pointer: *mut c_void) -> i32 {
             }
             code::OK
         }
-        None => misuse(code::INVALID, "aclrtFreeHost of memory that is not allocated"),
+        None => misuse(code::INVALID, "a free of host memory that is not allocated"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Streams and events: a worker thread a stream, tasks in order, random delays.
+//! Compiled into every emulator. Streams and events: a worker thread a stream, tasks in order, random delays.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,7 +24,7 @@ type Body = Box<dyn FnOnce(&Running<'_>) -> Result<(), i32> + Send>;
 
 enum Task {
     Work(Body),
-    Record(Arc<Event>, u64),
+    Record(Arc<Record>),
 }
 
 /// A stream.
@@ -45,23 +45,28 @@ struct Queue {
     ended: bool,
 }
 
-/// An event: how often it was recorded, and which records have run.
+/// An event. A wait is for the record that was the last one when the wait was queued, also if the event is recorded again.
 pub struct Event {
     /// The context that it belongs to.
     pub context: usize,
     /// Whether it carries a time.
     pub timed: bool,
-    state: Mutex<EventState>,
+    last: Mutex<Option<Arc<Record>>>,
+}
+
+/// One record of an event.
+#[derive(Default)]
+struct Record {
+    state: Mutex<RecordState>,
     wake: Condvar,
 }
 
 #[derive(Default)]
-struct EventState {
-    recorded: u64,
-    done: u64,
+struct RecordState {
+    done: bool,
     failed: Option<i32>,
     at: Option<Instant>,
-    /// A record was discarded: it will not happen, and the event may end.
+    /// It was discarded: it will not happen, and the event may end.
     abandoned: bool,
 }
 
@@ -77,7 +82,7 @@ impl Stream {
         });
         let worker = Arc::clone(&stream);
         // A process that can't start threads can't be emulated; its streams then never run.
-        let _ = std::thread::Builder::new().name("npu stream".into()).spawn(move || worker.work());
+        let _ = std::thread::Builder::new().name("device stream".into()).spawn(move || worker.work());
         stream
     }
 
@@ -94,17 +99,16 @@ impl Stream {
 
     /// Queues a record of `event`.
     pub fn record(&self, event: &Arc<Event>) {
-        let mut state = lock(&event.state);
-        state.recorded += 1;
-        let version = state.recorded;
-        drop(state);
-        self.add(Task::Record(Arc::clone(event), version));
+        let record = Arc::<Record>::default();
+        *lock(&event.last) = Some(Arc::clone(&record));
+        self.add(Task::Record(record));
     }
 
     /// Queues a wait for the last record of `event` at this moment.
     pub fn wait(&self, event: &Arc<Event>) {
-        let (event, version) = (Arc::clone(event), lock(&event.state).recorded);
-        self.push(move |running| event.wait(version, running));
+        if let Some(record) = lock(&event.last).clone() {
+            self.push(move |running| record.wait(running));
+        }
     }
 
     /// Discards what is queued, and ends what waits. Discarded records never happen.
@@ -112,8 +116,8 @@ impl Stream {
         self.epoch.fetch_add(1, Ordering::AcqRel);
         let mut queue = lock(&self.queue);
         for (_, task) in queue.tasks.drain(..) {
-            if let Task::Record(event, _) = task {
-                lock(&event.state).abandoned = true;
+            if let Task::Record(record) = task {
+                lock(&record.state).abandoned = true;
             }
         }
         self.wake.notify_all();
@@ -161,16 +165,16 @@ impl Stream {
             drop(queue);
             delay();
             if self.epoch.load(Ordering::Acquire) != epoch {
-                if let Task::Record(event, _) = &task {
-                    lock(&event.state).abandoned = true;
+                if let Task::Record(record) = &task {
+                    lock(&record.state).abandoned = true;
                 }
                 continue;
             }
             let result = match (task, failed) {
                 (Task::Work(body), None) => body(&Running { stream: self, epoch }),
                 (Task::Work(_), Some(_)) => Ok(()),
-                (Task::Record(event, version), failed) => {
-                    event.happen(version, failed);
+                (Task::Record(record), failed) => {
+                    record.happen(failed);
                     Ok(())
                 }
             };
@@ -194,20 +198,44 @@ fn delay() {
 impl Event {
     /// A new event.
     pub fn new(context: usize, timed: bool) -> Arc<Self> {
-        Arc::new(Self { context, timed, state: Mutex::default(), wake: Condvar::new() })
+        Arc::new(Self { context, timed, last: Mutex::default() })
     }
 
-    fn happen(&self, version: u64, failed: Option<i32>) {
+    fn last<T>(&self, of: impl FnOnce(&RecordState) -> T) -> Option<T> {
+        lock(&self.last).as_ref().map(|record| of(&lock(&record.state)))
+    }
+
+    /// Whether the last record has run.
+    pub fn is_complete(&self) -> bool {
+        self.last(|state| state.done).unwrap_or(true)
+    }
+
+    /// The code of the stream that it was recorded on, if that failed before.
+    pub fn failed(&self) -> Option<i32> {
+        self.last(|state| state.failed).flatten()
+    }
+
+    /// Whether nothing of it is queued.
+    pub fn may_end(&self) -> bool {
+        self.last(|state| state.done || state.abandoned).unwrap_or(true)
+    }
+
+    /// When the last record ran.
+    pub fn time(&self) -> Option<Instant> {
+        self.last(|state| state.at).flatten()
+    }
+}
+
+impl Record {
+    fn happen(&self, failed: Option<i32>) {
         let mut state = lock(&self.state);
-        state.done = state.done.max(version);
-        state.failed = failed;
-        state.at = Some(Instant::now());
+        *state = RecordState { done: true, failed, at: Some(Instant::now()), abandoned: false };
         self.wake.notify_all();
     }
 
-    fn wait(&self, version: u64, running: &Running<'_>) -> Result<(), i32> {
+    fn wait(&self, running: &Running<'_>) -> Result<(), i32> {
         let mut state = lock(&self.state);
-        while state.done < version {
+        while !state.done {
             if running.aborted() {
                 return Err(code::EXCEPTION);
             }
@@ -215,23 +243,5 @@ impl Event {
             state = self.wake.wait_timeout(state, nap).map_or_else(|e| e.into_inner().0, |(s, _)| s);
         }
         state.failed.map_or(Ok(()), Err)
-    }
-
-    /// Whether the last record has run.
-    pub fn is_complete(&self) -> bool {
-        let state = lock(&self.state);
-        state.done >= state.recorded
-    }
-
-    /// Whether nothing of it is queued.
-    pub fn may_end(&self) -> bool {
-        let state = lock(&self.state);
-        state.done >= state.recorded || state.abandoned
-    }
-
-    /// When the last record ran.
-    pub fn time(&self) -> Option<Instant> {
-        let state = lock(&self.state);
-        state.at.filter(|_| state.done >= state.recorded)
     }
 }

@@ -1,4 +1,4 @@
-//! The wires between the ranks of a communicator: local sockets, within a process and between processes alike.
+//! Compiled into every emulator. The wires between the ranks of a communicator: local sockets, within a process and between processes alike.
 //!
 //! A frame is kind (u8), type (u32), count (u64), bytes (u64) and the bytes. Every rank reads all its sockets all the time, so
 //! a sender never blocks in the socket; it blocks until the receiver *acknowledges*, which it does when its receive runs.
@@ -94,7 +94,7 @@ impl Peer {
         let mut reader = socket.try_clone()?;
         let peer = Arc::new(Self { writer: Mutex::new(socket), inbox: Mutex::default(), wake: Condvar::new() });
         let weak = Arc::downgrade(&peer);
-        std::thread::Builder::new().name("npu link".into()).spawn(move || {
+        std::thread::Builder::new().name("device link".into()).spawn(move || {
             while let Ok(frame) = read(&mut reader) {
                 let Some(peer) = weak.upgrade() else { return };
                 let mut inbox = lock(&peer.inbox);
