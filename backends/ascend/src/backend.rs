@@ -13,7 +13,7 @@ use crate::{AscendAttention, AscendCollective, AscendDevice};
 #[derive(Debug)]
 pub enum Ascend {}
 
-/// `ascend-fused`: `FlashAttentionScore` forward where it can, refused where it can't; the backward is that of [`Ascend`].
+/// `ascend-fused`: `FlashAttentionScore` and its gradient where they can, refused where they can't.
 #[derive(Debug)]
 pub enum AscendFused {}
 
