@@ -58,6 +58,7 @@ fn dev_only(name: &str, on: &str) -> bool {
         "longspan" | "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
         "longspan-ascend-emulator" => name == "longspan-ascend",
         "longspan-conformance" => name != "longspan-hal",
+        "longspan-seqpar" => name == "longspan-ascend",
         "longspan-cpu" => ["longspan-conformance", "longspan-seqpar", "longspan-cli"].contains(&name),
         _ => false,
     }

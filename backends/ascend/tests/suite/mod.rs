@@ -5,6 +5,8 @@
 //! `LONGSPAN_LOUD=1` for a line a case; `LONGSPAN_NPU=1` for the machine's own libraries; `LONGSPAN_JSON` for a file with the
 //! report. Small tiles (`LONGSPAN_ASCEND_TILE`) make short sequences cross many of them.
 
+#![allow(dead_code)] // not every test uses all of it
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -65,7 +67,7 @@ fn verdict(report: &Report) -> ExitCode {
 }
 
 /// Points the backend to the emulator, unless the caller did; whether there is one.
-fn prepare() -> bool {
+pub fn prepare() -> bool {
     let given = std::env::var_os("LONGSPAN_ASCEND_LIBRARY").map(PathBuf::from);
     let Some(emulator) = given.or_else(emulator) else { return false };
     for (name, value) in
