@@ -3,15 +3,18 @@
 //! Nothing is written before every check that needs no run has passed, and the output is written only if the verification,
 //! where asked for, holds.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::args::Run;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::job::Job;
+use crate::picture::timeline;
+use crate::record::Record;
 use crate::report::say;
-use crate::results::Results;
+use crate::results::{Recorded, Results};
 use crate::verify::{self, Verdict};
-use crate::{backends, engine, output, progress, report};
+use crate::{backends, engine, output, progress, report, trace};
 
 /// Runs attention as the command line says.
 ///
@@ -21,9 +24,7 @@ use crate::{backends, engine, output, progress, report};
 pub fn run(args: &Run) -> Result<()> {
     backends::check(&args.backend)?;
     backends::choose(&args.backend, args.exchange, args.kernel)?;
-    if let Some(output) = &args.output {
-        output::check(output, args.source.input.as_deref())?;
-    }
+    check_outputs(args)?;
     let job = Job::new(args)?;
     if args.verify {
         verify::check_inputs(&job)?;
@@ -31,7 +32,8 @@ pub fn run(args: &Run) -> Result<()> {
     say(&title(args, &job))?;
     let spinner = progress::spinner("running");
     let start = Instant::now();
-    let results = engine::run(&job, &args.backend, Duration::from_secs(args.limit), args.fault);
+    let recorded = args.trace.is_some() || args.timeline.is_some();
+    let results = engine::run(&job, &args.backend, Duration::from_secs(args.limit), args.fault, recorded);
     spinner.finish_and_clear();
     let results = results?;
     say(&ranks(&results, start.elapsed()))?;
@@ -45,7 +47,48 @@ pub fn run(args: &Run) -> Result<()> {
         let names: Vec<&str> = entries.iter().map(|entry| entry.name).collect();
         say(&format!("\nWrote {} to {}\n", names.join(", "), path.display()))?;
     }
+    pictures(args, &job, results)
+}
+
+/// Checks every output, and that no two are one.
+fn check_outputs(args: &Run) -> Result<()> {
+    let outputs: Vec<&PathBuf> = [&args.output, &args.trace, &args.timeline].into_iter().flatten().collect();
+    for (i, path) in outputs.iter().enumerate() {
+        output::check(path, args.source.input.as_deref())?;
+        if outputs[..i].iter().any(|other| output::same_place(other, path)) {
+            return Err(Failure::input(format!("output {}", path.display()), "is named twice; choose two names"));
+        }
+    }
     Ok(())
+}
+
+/// Writes the trace and the timeline, where they are wanted.
+fn pictures(args: &Run, job: &Job, results: Results) -> Result<()> {
+    let Some(Recorded { reports, traffic }) = results.recorded else { return Ok(()) };
+    let record = Record::new(summary(args, job), *job.mesh(), reports, traffic);
+    if let Some(path) = &args.trace {
+        output::write_text(path, &trace::trace(&record).to_string())?;
+        say(&format!("\nWrote what every rank did to {}: open it in https://ui.perfetto.dev\n", path.display()))?;
+    }
+    if let Some(path) = &args.timeline {
+        output::write_text(path, &timeline::timeline(&record))?;
+        say(&format!("\nDrew what every rank did to {}\n", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The run in one line.
+fn summary(args: &Run, job: &Job) -> String {
+    let [batch, seq, heads, head_dim] = job.q.extent();
+    let documents = job.mask.documents().map_or(String::new(), |d| format!(" within {} documents", d.len()));
+    let mut parts = vec![
+        format!("batch {batch}, seq {seq}, heads {heads}:{}, head dim {head_dim}, {}", job.kv_heads(), job.dtype()),
+        format!("{}{documents}", job.mask),
+        format!("{}, {}", job.mesh(), args.cut.layout.name()),
+        format!("backend {}", args.backend),
+    ];
+    parts.extend(options(job));
+    parts.join("; ")
 }
 
 fn check(job: &Job, results: &Results) -> Result<()> {

@@ -36,6 +36,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod clock;
 mod engine;
 mod ranks;
 mod resident;
@@ -43,6 +44,7 @@ mod select;
 mod tensor;
 
 pub use cache::{KernelCache, clear_kernel_caches, kernel_caches};
+pub use clock::align;
 pub use engine::{DeviceReport, Engine, Extra, Forwarded, Gradients, SpanReport};
 pub use longspan_hal::{
     Caps, DType, DeviceInfo, Error, Extent, Finding, KernelClass, Memory, Peak, Result, Step, Transport,
