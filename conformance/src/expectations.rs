@@ -19,6 +19,7 @@ use serde::Deserialize;
 /// The lists of the backends of this workspace, by [`longspan_hal::Backend::NAME`].
 const BUILT_IN: [(&str, &str); 8] = [
     ("ascend", include_str!("../expectations/ascend.toml")),
+    ("ascend-fused", include_str!("../expectations/ascend-fused.toml")),
     ("cpu", include_str!("../expectations/cpu.toml")),
     ("cpu-ascend-like", include_str!("../expectations/cpu-ascend-like.toml")),
     ("cpu-checked", include_str!("../expectations/cpu-checked.toml")),

@@ -1,16 +1,17 @@
 //! The communicator: data through HCCL, everything else through the group's board.
 
+use std::ffi::c_void;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ascendcl_sys::{HcclComm, HcclRootInfo, HcclSendRecvItem};
+use ascendcl_sys::{HcclComm, HcclDataType, HcclRootInfo, HcclSendRecvItem};
 use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, View};
 
 use crate::board;
 use crate::context::{Context, check_hccl, lock, start};
-use crate::exchange::{AscendExchange, messages};
+use crate::exchange::{AllToAll, AscendExchange, messages};
 use crate::group::Member;
 use crate::matching::{judge, offer};
 use crate::memory::AscendBuffer;
@@ -135,6 +136,27 @@ impl Comm {
         let code = unsafe { (self.context.api.hccl.HcclBatchSendRecv)(items.as_mut_ptr(), n, raw, on.0.raw()) };
         check_hccl("HcclBatchSendRecv", code)
     }
+
+    fn all_to_all(&self, a: &AllToAll, on: &AscendStream) -> Result<()> {
+        let kind = HcclDataType::HCCL_DATA_TYPE_UINT8;
+        // SAFETY: the lists have an entry a rank, and HCCL reads them in this call; the memory that they name is kept until the
+        // round ran.
+        let code = unsafe {
+            (self.context.api.hccl.HcclAlltoAllV)(
+                a.bases[0] as *const c_void,
+                a.counts[0].as_ptr().cast(),
+                a.offsets[0].as_ptr().cast(),
+                kind,
+                a.bases[1] as *const c_void,
+                a.counts[1].as_ptr().cast(),
+                a.offsets[1].as_ptr().cast(),
+                kind,
+                self.raw as HcclComm,
+                on.0.raw(),
+            )
+        };
+        check_hccl("HcclAlltoAllV", code)
+    }
 }
 
 impl Drop for AscendCollective {
@@ -183,8 +205,9 @@ impl Collective<AscendDevice> for AscendCollective {
         });
         let mine = draft.as_ref().map(|(m, _)| m.clone()).map_err(Clone::clone);
         let offers = self.member.agree("prepare", &offer(&mine))?;
-        let (_, exchange) = draft?;
-        judge(&offers)?;
+        let (_, mut exchange) = draft?;
+        // All ranks judge the same offers, so all choose alike.
+        exchange.together = judge(&offers)? && size > 2;
         Ok(exchange)
     }
 
@@ -200,7 +223,11 @@ impl Collective<AscendDevice> for AscendCollective {
         self.member.alive("exchange")?;
         on.0.enter()?;
         let mut items = exchange.pack(on, sends)?;
-        self.round(on, "exchange", |comm| if exchange.is_remote() { comm.batch(&mut items, on) } else { Ok(()) })?;
+        self.round(on, "exchange", |comm| match items.len() {
+            0 => Ok(()),
+            _ if exchange.together => comm.all_to_all(&AllToAll::new(&items, self.member.size), on),
+            _ => comm.batch(&mut items, on),
+        })?;
         exchange.unpack(on)?;
         let buffers = sends.iter().map(|v| v.buffer().clone()).chain(exchange.buffers()).collect();
         on.0.keep(Kept { buffers, pinned: Vec::new() })

@@ -64,6 +64,7 @@ fn dev_only(name: &str, on: &str) -> bool {
         "longspan-ascend-emulator" => name == "longspan-ascend",
         "longspan-rocm-emulator" => name == "longspan-rocm",
         "longspan-conformance" => name != "longspan-hal",
+        "longspan-seqpar" => name == "longspan-ascend",
         "longspan-cpu" => ["longspan-conformance", "longspan-seqpar", "longspan-cli"].contains(&name),
         _ => false,
     }
