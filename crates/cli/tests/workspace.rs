@@ -6,10 +6,21 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Crates of ours, and which of ours each may depend on; dev-dependencies may go further (see [`dev_only`]).
-const MAY: [(&str, &[&str]); 13] = [
+const MAY: [(&str, &[&str]); 15] = [
     ("ascendcl-sys", &["longspan-dylib", "longspan-hal"]),
-    ("longspan", &["longspan-ascend", "longspan-cpu", "longspan-cuda", "longspan-hal", "longspan-seqpar"]),
-    ("longspan-ascend", &["ascendcl-sys", "longspan-hal"]),
+    (
+        "longspan",
+        &[
+            "longspan-ascend",
+            "longspan-cpu",
+            "longspan-cuda",
+            "longspan-hal",
+            "longspan-mpi",
+            "longspan-peers",
+            "longspan-seqpar",
+        ],
+    ),
+    ("longspan-ascend", &["ascendcl-sys", "longspan-hal", "longspan-peers"]),
     ("longspan-ascend-emulator", &[]),
     ("longspan-cli", &["longspan", "longspan-conformance", "longspan-hal", "longspan-seqpar"]),
     ("longspan-conformance", &["longspan", "longspan-hal", "longspan-seqpar"]),
@@ -19,6 +30,8 @@ const MAY: [(&str, &[&str]); 13] = [
     ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels"]),
     ("longspan-hal", &[]),
     ("longspan-kernels", &["longspan-hal"]),
+    ("longspan-mpi", &["longspan-cpu", "longspan-hal", "longspan-peers"]),
+    ("longspan-peers", &["longspan-hal"]),
     ("longspan-seqpar", &["longspan-hal"]),
 ];
 
