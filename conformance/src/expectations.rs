@@ -17,7 +17,7 @@ use longspan_hal::{Error, Result};
 use serde::Deserialize;
 
 /// The lists of the backends of this workspace, by [`longspan_hal::Backend::NAME`].
-const BUILT_IN: [(&str, &str); 7] = [
+const BUILT_IN: [(&str, &str); 8] = [
     ("ascend", include_str!("../expectations/ascend.toml")),
     ("cpu", include_str!("../expectations/cpu.toml")),
     ("cpu-ascend-like", include_str!("../expectations/cpu-ascend-like.toml")),
@@ -25,6 +25,7 @@ const BUILT_IN: [(&str, &str); 7] = [
     ("cpu-nccl-like", include_str!("../expectations/cpu-nccl-like.toml")),
     ("cpu-push", include_str!("../expectations/cpu-push.toml")),
     ("cuda", include_str!("../expectations/cuda.toml")),
+    ("mpi", include_str!("../expectations/mpi.toml")),
 ];
 
 /// The TOML text for a backend of this workspace; empty for others.

@@ -28,6 +28,7 @@ pub fn what(name: &str) -> &'static str {
         "cpu-ascend-like" => "the same with Ascend's habits: no partials in bf16 and f16, blocking rendezvous",
         "cpu-checked" => "the same, and every access is checked for a missing order",
         "cpu-nccl-like" => "the same with NCCL's habits: packs what it sends, arrives late",
+        "mpi" => "the CPU, with the processes of an MPI job as ranks: mpirun -n 4 longspan run --backend mpi ...",
         "cpu-push" => "the same with senders that write into the receivers' windows",
         _ => "",
     }

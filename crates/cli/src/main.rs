@@ -15,6 +15,7 @@ mod file;
 mod job;
 mod layout;
 mod output;
+mod processes;
 mod progress;
 mod report;
 mod results;
@@ -36,11 +37,14 @@ fn main() -> ExitCode {
         Command::Doctor => doctor::doctor(),
         Command::Layout(args) => layout::layout(&args),
         Command::Run(args) => run::run(&args),
+        Command::Witness { network } => processes::keep_board(network),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            if !matches!(failure, failure::Failure::Said(_)) {
+                eprintln!("error: {failure}");
+            }
             failure.exit_code()
         }
     }

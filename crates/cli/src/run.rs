@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use crate::args::Run;
 use crate::failure::Result;
 use crate::job::Job;
+use crate::processes::together;
 use crate::report::say;
 use crate::results::Results;
 use crate::verify::{self, Verdict};
-use crate::{backends, engine, output, progress, report};
+use crate::{backends, engine, output, processes, progress, report};
 
 /// Runs attention as the command line says.
 ///
@@ -20,22 +21,49 @@ use crate::{backends, engine, output, progress, report};
 /// [`crate::failure::Failure::Verification`].
 pub fn run(args: &Run) -> Result<()> {
     backends::check(&args.backend)?;
-    if let Some(output) = &args.output {
-        output::check(output, args.source.input.as_deref())?;
-    }
-    let job = Job::new(args)?;
-    if args.verify {
-        verify::check_inputs(&job)?;
-    }
+    processes::within(&args.backend, |job| run_in(args, job))
+}
+
+fn run_in(args: &Run, processes: Option<&processes::Job>) -> Result<()> {
+    let job = together(processes, "checks", check_all(args, processes))?;
     say(&title(args, &job))?;
     let spinner = progress::spinner("running");
     let start = Instant::now();
-    let results = engine::run(&job, &args.backend, Duration::from_secs(args.limit), args.fault);
+    let limit = Duration::from_secs(args.limit);
+    let results = match processes {
+        Some(processes) => engine::run_part(&job, processes, &args.backend, limit, args.fault),
+        None => engine::run(&job, &args.backend, limit, args.fault).map(Some),
+    };
     spinner.finish_and_clear();
-    let results = results?;
-    say(&ranks(&results, start.elapsed()))?;
+    let took = start.elapsed();
+    let told = match results? {
+        Some(results) => tell(args, &job, &results, took),
+        // Process 0 has them all.
+        None => Ok(()),
+    };
+    together(processes, "verdict", told)
+}
+
+/// Every check that needs no run.
+fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
+    if let Some(output) = args.output.as_ref().filter(|_| processes.is_none_or(processes::Job::leads)) {
+        output::check(output, args.source.input.as_deref())?;
+    }
+    let job = Job::new(args)?;
+    if let Some(processes) = processes {
+        processes.processes.check(job.mesh())?;
+    }
     if args.verify {
-        check(&job, &results)?;
+        verify::check_inputs(&job)?;
+    }
+    Ok(job)
+}
+
+/// Prints, verifies and writes the results.
+fn tell(args: &Run, job: &Job, results: &Results, took: Duration) -> Result<()> {
+    say(&ranks(results, took))?;
+    if args.verify {
+        check(job, results)?;
     }
     if let Some(path) = &args.output {
         let encoded = results.encode();

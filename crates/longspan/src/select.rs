@@ -14,6 +14,11 @@ pub trait Visit {
     fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Self::Output>;
 }
 
+/// How to get the backend `mpi`.
+#[cfg(not(feature = "mpi"))]
+pub(crate) const BUILD_MPI: &str = "build with `--features mpi`; that needs an MPI and libclang: apt install libopenmpi-dev openmpi-bin \
+    libclang-dev, or pip install mpich libclang and set MPICC, LIBCLANG_PATH and LD_LIBRARY_PATH to what they brought";
+
 /// Names of the backends that were compiled in.
 pub fn backends() -> Vec<&'static str> {
     #[allow(unused_mut)] // no backend, no push
@@ -24,6 +29,8 @@ pub fn backends() -> Vec<&'static str> {
     names.extend(longspan_cpu::Cpu::names());
     #[cfg(feature = "cuda")]
     names.push(longspan_cuda::Cuda::NAME);
+    #[cfg(feature = "mpi")]
+    names.push(longspan_mpi::Mpi::NAME);
     names
 }
 
@@ -32,7 +39,7 @@ pub fn backends() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
 /// if a library is missing.
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(unused_variables))] // without any backend, nothing is visited
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "mpi")), allow(unused_variables))] // without any backend, nothing is visited
 pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
     let (name, indices) = parse(selector)?;
     match name {
@@ -48,6 +55,14 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
         }
         #[cfg(feature = "cuda")]
         "cuda" => open::<longspan_cuda::Cuda, V>(&indices, visitor),
+        #[cfg(feature = "mpi")]
+        "mpi" => open::<longspan_mpi::Mpi, V>(&indices, visitor),
+        #[cfg(not(feature = "mpi"))]
+        "mpi" => Err(Error::Unavailable {
+            library: "MPI".into(),
+            why: "this build has no MPI".into(),
+            how_to_get_it: BUILD_MPI.into(),
+        }),
         _ => Err(Error::invalid(
             "backend",
             format!(
@@ -66,7 +81,7 @@ fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
     Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
 }
 
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda")), allow(dead_code))]
+#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "mpi")), allow(dead_code))]
 fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
     let all = B::devices()?;
     if indices.is_empty() {
