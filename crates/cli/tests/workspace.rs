@@ -68,7 +68,8 @@ fn dependencies_go_in_the_right_direction() {
 /// Tests may use backends and the suite, but nothing above themselves.
 fn dev_only(name: &str, on: &str) -> bool {
     match on {
-        "longspan" | "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
+        "longspan" => ["longspan-conformance", "longspan-cuda", "longspan-mpi"].contains(&name),
+        "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
         "longspan-ascend-emulator" => name == "longspan-ascend",
         "longspan-conformance" => name != "longspan-hal",
         "longspan-cpu" => ["longspan-conformance", "longspan-seqpar", "longspan-cli"].contains(&name),
