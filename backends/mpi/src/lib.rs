@@ -25,6 +25,8 @@ mod collective;
 mod datatype;
 mod exchange;
 mod flight;
+#[cfg(test)]
+mod tests;
 mod world;
 
 pub use backend::Mpi;
