@@ -18,7 +18,7 @@ use longspan_mpi::{Mpi, MpiCollective, broadcast, finalize, world};
 use mpi::traits::{Communicator, Destination, Source};
 
 const LIMIT: Duration = Duration::from_secs(120);
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 4;
 
 /// Heads and head size of the strided views: rows of 256 bytes, as a Ulysses all-to-all sends them.
 const HEADS: usize = 8;
@@ -65,7 +65,7 @@ impl Rank {
             self.device.fill(&self.stream, 1.0, ViewMut::new(buffer, touched)?)?;
         }
         self.device.fill(&self.stream, 1.0, ViewMut::new(&staging, dense)?)?;
-        let repeats = (64 << 20) / bytes.max(1 << 16);
+        let repeats = ((64 << 20) / bytes).clamp(2, 100);
         let plain = self.exchanges(bytes, repeats, [dense, dense], &window, &source, None)?;
         let types = self.exchanges(bytes, repeats, [wide, wide], &window, &source, None)?;
         let packed = self.exchanges(bytes, repeats, [dense, dense], &window, &source, Some((&staging, wide)))?;
