@@ -70,7 +70,8 @@ impl Part {
     /// Copies the elements to `to`, which has the same dtype and extent.
     ///
     /// # Safety
-    /// Called within a job of [`queue`] that named this part as read and `to` as written; the two do not overlap.
+    /// Called within a job of [`queue`] that named this part as read and `to` as written, unless nobody but the caller knows
+    /// their memory; the two do not overlap.
     pub unsafe fn copy_to(&self, to: &Self) {
         copy_between(&self.buffer, &self.at, &to.buffer, &to.at);
     }

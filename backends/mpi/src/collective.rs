@@ -1,13 +1,13 @@
 //! The communicator: data through MPI, everything else through the group's board.
 
 use std::ffi::c_int;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use longspan_cpu::transport::{self, Key, Part};
 use longspan_cpu::{Buffer, CpuDevice, CpuStream};
-use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, View};
+use longspan_hal::{Collective, Device, Error, GroupId, P2p, Result, Step, View};
 use longspan_peers::{Board, Fields, Member, Place, Reach, Reader, judge, offer};
 
 use crate::exchange::{MpiExchange, messages};
@@ -39,6 +39,8 @@ struct Group {
     processes: Vec<u32>,
     /// The first tag of the group, which barriers use.
     tag: u64,
+    /// Where large strided messages are packed, for the largest exchange. Held by the round that uses it.
+    staging: Mutex<Option<Buffer>>,
 }
 
 /// Gives the group up unless its round runs through: skipped or failed, this rank is lost to its peers.
@@ -91,7 +93,7 @@ impl MpiCollective {
         check_processes(&processes, world.size)?;
         transport::set_rank(device, rank);
         let tag = number * GROUP_TAGS % (world.tags / GROUP_TAGS * GROUP_TAGS).max(GROUP_TAGS);
-        let group = Arc::new(Group { member, key: Key::next(), world, processes, tag });
+        let group = Arc::new(Group { member, key: Key::next(), world, processes, tag, staging: Mutex::default() });
         Ok(Self { device: device.clone(), group, prepared: AtomicU64::new(0), queued: AtomicU64::new(0) })
     }
 
@@ -135,6 +137,18 @@ fn check_processes(processes: &[u32], size: u32) -> Result<()> {
 }
 
 impl Group {
+    /// Has `bytes` of staging; by how many it grew.
+    fn grow(&self, device: &CpuDevice, bytes: usize) -> Result<usize> {
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let have = staging.as_ref().map_or(0, CpuDevice::bytes);
+        if have >= bytes {
+            return Ok(0);
+        }
+        *staging = None;
+        *staging = Some(device.alloc(bytes)?);
+        Ok(bytes - have)
+    }
+
     /// Every rank hears of every other, directly or not, in log2(size) steps (dissemination barrier: Hensgen, Finkel, Manber,
     /// "Two algorithms for barrier synchronization").
     fn barrier(&self, round: u64) -> Result<()> {
@@ -194,8 +208,11 @@ impl Collective<CpuDevice> for MpiCollective {
         let number = self.prepared.fetch_add(1, Ordering::Relaxed);
         // One tag an exchange: rounds of two exchanges never meet, even where ranks queue them in another order.
         let tag = self.group.tag + 1 + number % (GROUP_TAGS - 1);
-        let draft = messages(ops, self.group.key, self.size())
-            .and_then(|m| Ok((m, MpiExchange::new(self.group.key, tag as c_int, ops)?)));
+        let draft = messages(ops, self.group.key, self.size()).and_then(|m| {
+            let mut exchange = MpiExchange::new(self.group.key, tag as c_int, ops)?;
+            exchange.staging = self.group.grow(&self.device, exchange.staging_bytes(self.rank()))?;
+            Ok((m, exchange))
+        });
         let mine = draft.as_ref().map(|(m, _)| m.clone()).map_err(Clone::clone);
         let offers = self.group.member.agree("prepare", &offer(&mine))?;
         let (_, exchange) = draft?;
@@ -203,8 +220,8 @@ impl Collective<CpuDevice> for MpiCollective {
         Ok(Arc::new(exchange))
     }
 
-    fn staging_bytes(&self, _exchange: &Arc<MpiExchange>) -> usize {
-        0
+    fn staging_bytes(&self, exchange: &Arc<MpiExchange>) -> usize {
+        exchange.staging
     }
 
     fn exchange(&self, on: &CpuStream, exchange: &Arc<MpiExchange>, sends: &[View<'_, CpuDevice>]) -> Result<()> {
@@ -214,7 +231,9 @@ impl Collective<CpuDevice> for MpiCollective {
         let round = exchange.round(sends)?;
         let (reads, writes) = (round.reads().to_vec(), round.writes().to_vec());
         self.queue(on, "exchange", [&reads, &writes], move |group, number| {
-            round.start(group.world, group.member.rank, &group.processes)?.wait(&group.member, "exchange", number)
+            let staging = group.staging.try_lock().ok();
+            let buffer = staging.as_ref().and_then(|s| s.as_ref());
+            round.start(group.world, group.member.rank, &group.processes, buffer)?.finish(&group.member, number)
         })
     }
 

@@ -92,6 +92,11 @@ fn axes(at: &Strided) -> Vec<(usize, usize)> {
     merged
 }
 
+/// Whether the elements lie behind each other in index order.
+pub(crate) fn is_contiguous(at: &Strided) -> bool {
+    matches!(axes(at)[..], [] | [(_, 1)])
+}
+
 #[cfg(test)]
 mod tests {
     use longspan_hal::DType;
@@ -102,10 +107,12 @@ mod tests {
     fn axes_keep_the_order_of_the_index() {
         let dense = Strided::dense(DType::F32, [2, 3, 4, 5]);
         assert_eq!(axes(&dense), [(120, 1)]);
+        assert!(is_contiguous(&dense));
         let heads = Strided::dense(DType::F32, [2, 3, 8, 5]).narrow(2, 4..8).expect("inside");
         assert_eq!(axes(&heads), [(6, 40), (20, 1)]);
         let bhsd = Strided::dense_bhsd(DType::F32, [1, 3, 4, 5]);
         assert_eq!(axes(&bhsd), [(3, 5), (4, 15), (5, 1)]);
+        assert!(!is_contiguous(&bhsd) && !is_contiguous(&heads));
         assert_eq!(axes(&Strided::dense(DType::F32, [1, 1, 1, 1])), []);
     }
 }

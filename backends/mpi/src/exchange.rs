@@ -2,24 +2,36 @@
 //!
 //! ```text
 //! round on a stream:  messages to oneself are copied
-//!                     every receive is posted, then every send; views that are not dense travel as derived datatypes
+//!                     large strided sends are packed into the group's staging
+//!                     every receive is posted, then every send; small strided views travel as derived datatypes
 //!                     wait for all (`flight.rs`)
+//!                     staging -> the large strided receives
 //! ```
+//!
+//! Both libraries move a derived datatype slower than a copy of ours and a dense message, the more so the larger it is (the
+//! figures are in the README), but small ones faster. The staging is one for all exchanges of a group, which run one after
+//! the other; a round that finds it in use sends derived datatypes.
 
 use std::ffi::c_int;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use longspan_cpu::CpuDevice;
 use longspan_cpu::transport::{Key, Part};
+use longspan_cpu::{Buffer, CpuDevice};
 use longspan_hal::{DType, Error, Extent, P2p, Result, Strided, View, check_sends};
-use longspan_peers::Message as Agreed;
+use longspan_peers::{Member, Message as Agreed};
 
-use crate::datatype::Datatype;
+use crate::datatype::{Datatype, is_contiguous};
 use crate::flight::{Flight, Message};
 use crate::world::World;
 
 /// Send views whose types an exchange remembers: an algorithm sends from a few places in turn.
-const REMEMBERED: usize = 32;
+const REMEMBERED: usize = 64;
+
+/// Strided messages from this size on, in bytes, are packed.
+const PACKED: usize = 64 << 10;
+
+/// Alignment of messages in the staging, in bytes.
+const ALIGN: usize = 256;
 
 /// An exchange that all ranks agreed on.
 #[derive(Debug)]
@@ -27,6 +39,8 @@ pub struct MpiExchange {
     /// The group that prepared it.
     pub(crate) group: Key,
     pub(crate) tag: c_int,
+    /// Bytes by which the group's staging grew for it.
+    pub(crate) staging: usize,
     sends: Vec<(DType, Extent)>,
     to: Vec<u32>,
     from: Vec<u32>,
@@ -75,6 +89,7 @@ impl MpiExchange {
         let mut this = Self {
             group,
             tag,
+            staging: 0,
             sends: Vec::new(),
             to: Vec::new(),
             from: Vec::new(),
@@ -96,6 +111,15 @@ impl MpiExchange {
             }
         }
         Ok(this)
+    }
+
+    /// Bytes of staging that a round may use: what it sends may be strided, what it receives is known to be.
+    pub(crate) fn staging_bytes(&self, me: u32) -> usize {
+        let sends = self.to.iter().zip(&self.sends).filter(|(to, _)| **to != me);
+        let sends = sends.map(|(_, &(dtype, extent))| Strided::dense(dtype, extent));
+        let receives = self.from.iter().zip(&self.receives).filter(|(from, _)| **from != me).map(|(_, r)| *r.at());
+        let large = |at: &Strided| at.bytes() >= PACKED;
+        sends.filter(large).chain(receives.filter(|at| large(at) && !is_contiguous(at))).map(|at| room(&at)).sum()
     }
 
     /// The checked arguments of a round.
@@ -134,6 +158,52 @@ impl MpiExchange {
     }
 }
 
+/// Bytes of a message in the staging.
+fn room(at: &Strided) -> usize {
+    at.bytes().next_multiple_of(ALIGN)
+}
+
+/// Places in the staging, given out one after the other.
+struct Staging<'a> {
+    buffer: Option<&'a Buffer>,
+    used: usize,
+}
+
+impl Staging<'_> {
+    /// A dense place for a message that should not travel as it lies, while there is room.
+    fn place(&mut self, at: &Strided) -> Option<Part> {
+        if at.bytes() < PACKED || is_contiguous(at) {
+            return None;
+        }
+        let dense = Strided::dense(at.dtype(), at.extent()).shifted(self.used / at.dtype().size()).ok()?;
+        let part = Part::new(self.buffer?, dense).ok()?;
+        self.used += room(at);
+        Some(part)
+    }
+}
+
+/// A round on its way.
+pub(crate) struct Started {
+    pub flight: Flight,
+    /// Copies to make when all has arrived.
+    unpack: Vec<(Part, Part)>,
+}
+
+impl Started {
+    /// Waits until everything arrived where it belongs.
+    ///
+    /// # Errors
+    /// As [`Flight::wait`].
+    pub fn finish(self, member: &Member, round: u64) -> Result<()> {
+        self.flight.wait(member, "exchange", round)?;
+        for (staged, receive) in self.unpack {
+            // SAFETY: this is the job that named the receive; the staging is its own for the round.
+            unsafe { staged.copy_to(&receive) };
+        }
+        Ok(())
+    }
+}
+
 /// One round on one rank.
 #[derive(Debug)]
 pub(crate) struct Round {
@@ -153,29 +223,44 @@ impl Round {
         &self.exchange.receives
     }
 
-    /// Copies messages to oneself and posts the others; `processes` are the ranks' places in the job.
+    /// Copies messages to oneself, packs, and posts the others; `processes` are the ranks' places in the job.
     ///
     /// # Errors
     /// [`Error::Driver`].
-    pub fn start(self, world: &World, me: u32, processes: &[u32]) -> Result<Flight> {
+    pub fn start(self, world: &World, me: u32, processes: &[u32], staging: Option<&Buffer>) -> Result<Started> {
         let exchange = &self.exchange;
         let own = |peers: &[u32]| (0..peers.len()).filter(|&i| peers[i] == me).collect::<Vec<_>>();
         for (s, r) in own(&exchange.to).into_iter().zip(own(&exchange.from)) {
             // SAFETY: this is the job that named both; that they do not overlap was checked.
             unsafe { self.sends[s].copy_to(&exchange.receives[r]) };
         }
-        let message = |receive, peer: u32, part: &Part, kind: &Arc<Datatype>| Message {
-            peer,
-            process: processes.get(peer as usize).copied().unwrap_or(peer),
-            receive,
-            at: Some((part.clone(), Arc::clone(kind))),
-        };
-        let all = |receive, peers: &[u32], parts: &[Part], types: &[Arc<Datatype>]| {
-            let others = (0..peers.len()).filter(|&i| peers[i] != me && !parts[i].at().is_empty());
-            others.map(|i| message(receive, peers[i], &parts[i], &types[i])).collect::<Vec<_>>()
-        };
-        let mut messages = all(true, &exchange.from, &exchange.receives, &exchange.types);
-        messages.extend(all(false, &exchange.to, &self.sends, &self.types));
-        Flight::post(world, exchange.tag, messages)
+        let (mut staging, mut messages, mut unpack) = (Staging { buffer: staging, used: 0 }, Vec::new(), Vec::new());
+        let lists = [
+            (true, &exchange.from, &exchange.receives, &exchange.types),
+            (false, &exchange.to, &self.sends, &self.types),
+        ];
+        for (receive, peers, parts, types) in lists {
+            for ((&peer, part), kind) in peers.iter().zip(parts).zip(types) {
+                if peer == me || part.at().is_empty() {
+                    continue;
+                }
+                let at = match staging.place(part.at()) {
+                    Some(staged) => {
+                        let kind = exchange.type_of(staged.at())?;
+                        if receive {
+                            unpack.push((staged.clone(), part.clone()));
+                        } else {
+                            // SAFETY: this is the job that named the send; the staging is its own for the round.
+                            unsafe { part.copy_to(&staged) };
+                        }
+                        (staged, kind)
+                    }
+                    None => (part.clone(), Arc::clone(kind)),
+                };
+                let process = processes.get(peer as usize).copied().unwrap_or(peer);
+                messages.push(Message { peer, process, receive, at: Some(at) });
+            }
+        }
+        Ok(Started { flight: Flight::post(world, exchange.tag, messages)?, unpack })
     }
 }

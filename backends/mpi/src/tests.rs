@@ -32,7 +32,8 @@ fn send(from: Strided, to: Strided, limit: Duration) -> (Result<()>, Vec<u16>, V
     let buffer = |at: &Strided, first: u16| {
         let words = at.byte_range().end.div_ceil(2) + 3;
         let buffer = window(&device, 2 * words, Key::next()).expect("memory");
-        let bytes: Vec<u8> = (0..words as u16).flat_map(|w| w.wrapping_mul(7).wrapping_add(first).to_le_bytes()).collect();
+        let bytes: Vec<u8> =
+            (0..words as u16).flat_map(|w| w.wrapping_mul(7).wrapping_add(first).to_le_bytes()).collect();
         let all = Strided::dense(DType::F16, [1, 1, 1, words]);
         device.upload(&stream, &bytes, ViewMut::new(&buffer, all).expect("fits")).expect("queued");
         (buffer, all)
@@ -116,7 +117,8 @@ fn a_message_that_does_not_come_ends_at_the_limit_or_with_the_group() {
         let at = Strided::dense(DType::F32, [1, 1, 1, 4]);
         let buffer = window(&device, at.bytes(), Key::next()).expect("memory");
         let kind = Arc::new(Datatype::new(&at).expect("a type"));
-        let message = Message { peer: 0, process: 0, receive: true, at: Some((Part::new(&buffer, at).expect("inside"), kind)) };
+        let message =
+            Message { peer: 0, process: 0, receive: true, at: Some((Part::new(&buffer, at).expect("inside"), kind)) };
         Flight::post(world().expect("started"), TAG.fetch_add(1, Ordering::Relaxed), vec![message]).expect("posted")
     };
     let lost = Err(Error::PeerLost { rank: 0, call: "exchange", step: Step::default() });
