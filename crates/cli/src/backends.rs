@@ -12,6 +12,14 @@ pub fn check(selector: &str) -> Result<()> {
     if have.contains(&name) {
         return Ok(());
     }
+    if name == "mpi" {
+        return Err(Failure::Input(
+            "this build has no MPI: build with `--features mpi`. That needs an MPI and libclang: apt install libopenmpi-dev \
+             openmpi-bin libclang-dev, or pip install mpich libclang and set MPICC, LIBCLANG_PATH and LD_LIBRARY_PATH to what they \
+             brought"
+                .into(),
+        ));
+    }
     Err(Failure::Input(format!(
         "unknown backend `{name}`: this build has {}. Every other backend is a cargo feature of the crate `longspan`; \
          `longspan doctor` shows what it needs on this machine",
