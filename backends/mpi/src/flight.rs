@@ -27,9 +27,12 @@ use mpi::ffi;
 use crate::datatype::Datatype;
 use crate::world::{Handle, NAME, World, check, lock};
 
+/// Tests that follow each other at once: large messages come in pieces, each a few microseconds after the last.
+const EAGER: u32 = 30;
+
 /// Tests that only yield before the first nap: about a millisecond where nobody else wants the core, and where somebody
-/// computes on it, a yield is a nap already. Large messages come in pieces, each a few microseconds after the last.
-const EAGER: u32 = 1000;
+/// computes on it, a yield is a nap already.
+const PATIENT: u32 = 1000;
 
 /// A test that took longer has moved data, and more is likely to be there.
 const MOVED: Duration = Duration::from_micros(3);
@@ -115,8 +118,10 @@ impl Flight {
             if start.elapsed() > MOVED {
                 (tests, nap) = (0, NAPS[0]);
             }
-            if tests < EAGER {
-                tests += 1;
+            tests += 1;
+            if tests <= EAGER {
+                std::hint::spin_loop();
+            } else if tests <= PATIENT {
                 std::thread::yield_now();
             } else {
                 std::thread::sleep(nap);
