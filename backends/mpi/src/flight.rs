@@ -30,9 +30,8 @@ use crate::world::{Handle, NAME, World, check, lock};
 /// Tests that follow each other at once: large messages come in pieces, each a few microseconds after the last.
 const EAGER: u32 = 30;
 
-/// Tests that only yield before the first nap: about a millisecond where nobody else wants the core, and where somebody
-/// computes on it, a yield is a nap already.
-const PATIENT: u32 = 1000;
+/// Tests that only yield before the first nap. More would take cores from ranks that compute, where ranks are more than cores.
+const PATIENT: u32 = 60;
 
 /// A test that took longer has moved data, and more is likely to be there.
 const MOVED: Duration = Duration::from_micros(3);
