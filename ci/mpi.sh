@@ -161,7 +161,7 @@ for flavour in $flavours; do
     judge "$flavour"
 done
 # The last flavour's mpicc is set.
-check "lints" cargo clippy -q --locked -p longspan-mpi -p longspan -p longspan-cli --features longspan-mpi/mpi,longspan/mpi,longspan-cli/mpi --all-targets -- -D warnings
+check "lints" cargo clippy -q --locked -p longspan-mpi -p longspan-peers -p longspan -p longspan-cli --features longspan-mpi/mpi,longspan/mpi,longspan-cli/mpi --all-targets -- -D warnings
 check "all features" cargo check -q --workspace --all-features --locked
 cargo test -q --locked -p longspan-mpi --features mpi,longspan/mpi --lib || failed=$((failed + 1))
 printf '%d passed, %d failed\n' "$passed" "$failed"

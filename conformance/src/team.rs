@@ -25,7 +25,7 @@ const GRACE: Duration = Duration::from_secs(10);
 struct Done {
     rank: u32,
     result: Result<(), Failure>,
-    figures: BTreeMap<String, f64>,
+    figures: Figures,
 }
 
 struct Job<B: Backend> {
@@ -36,7 +36,13 @@ struct Job<B: Backend> {
 type Groups<B> = Arc<Mutex<Vec<Arc<Member<B>>>>>;
 
 /// What the ranks of a case did, in rank order, and the figures of all.
-type Outcome = (Vec<Result<(), Failure>>, BTreeMap<String, f64>);
+type Outcome = (Vec<Result<(), Failure>>, Figures);
+
+/// Figures of a rank by name.
+type Figures = BTreeMap<String, f64>;
+
+/// What a case did in the end, and the figures of all ranks.
+type Verdict = (Result<(), Failure>, Figures);
 
 /// Rank threads of one group: all of them, or that of this process, if the case has so many ranks.
 pub(crate) struct Team<B: Backend> {
@@ -162,12 +168,7 @@ impl<B: Backend> Team<B> {
     ///
     /// # Errors
     /// [`Error::PeerLost`] if a process died.
-    pub(crate) fn run(
-        &mut self,
-        body: &Body<B>,
-        seed: u64,
-        patience: Duration,
-    ) -> Result<(Result<(), Failure>, BTreeMap<String, f64>), Error> {
+    pub(crate) fn run(&mut self, body: &Body<B>, seed: u64, patience: Duration) -> Result<Verdict, Error> {
         for rank in 0..self.size {
             self.steps.set(rank, "start".into());
         }
@@ -183,7 +184,7 @@ impl<B: Backend> Team<B> {
     /// Waits until every rank of this process is done; the watchdog.
     fn wait(&self, patience: Duration) -> Outcome {
         let mut results: Vec<Option<Result<(), Failure>>> = vec![None; self.jobs.len()];
-        let mut figures: BTreeMap<String, f64> = BTreeMap::new();
+        let mut figures = Figures::new();
         let until = Instant::now() + patience;
         while results.iter().any(Option::is_none) {
             match self.done.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -234,7 +235,7 @@ impl<B: Backend> Team<B> {
 }
 
 /// The largest of every figure.
-fn merge(into: &mut BTreeMap<String, f64>, more: impl IntoIterator<Item = (String, f64)>) {
+fn merge(into: &mut Figures, more: impl IntoIterator<Item = (String, f64)>) {
     for (name, value) in more {
         let entry = into.entry(name).or_insert(value);
         *entry = entry.max(value);
@@ -273,7 +274,7 @@ fn encode((results, figures): &Outcome) -> Vec<u8> {
     figures.iter().fold(said, |f, (name, value)| f.bytes(name.as_bytes()).number(value.to_bits())).0
 }
 
-fn decode(bytes: &[u8]) -> (Option<Result<(), Failure>>, Vec<(String, f64)>) {
+fn decode(bytes: &[u8]) -> (Option<Result<(), Failure>>, Figures) {
     let mut fields = Reader(bytes);
     let mut result = || {
         Some(match fields.number().ok()? {
@@ -284,9 +285,9 @@ fn decode(bytes: &[u8]) -> (Option<Result<(), Failure>>, Vec<(String, f64)>) {
         })
     };
     let result = result();
-    let mut figures = Vec::new();
+    let mut figures = Figures::new();
     while let (Ok(name), Ok(bits)) = (fields.text(), fields.number()) {
-        figures.push((name, f64::from_bits(bits)));
+        figures.insert(name, f64::from_bits(bits));
     }
     (result, figures)
 }
@@ -414,7 +415,7 @@ mod tests {
             let text = |r: &Result<(), Failure>| r.as_ref().map_err(ToString::to_string).cloned();
             let (back, more) = decode(&encode(&(vec![result.clone()], figures.clone())));
             assert_eq!(back.as_ref().map(text), Some(text(&result)));
-            assert_eq!(more, figures.clone().into_iter().collect::<Vec<_>>());
+            assert_eq!(more, figures);
         }
         assert!(decode(&encode(&(vec![], figures))).0.is_none(), "a process without a rank");
     }
