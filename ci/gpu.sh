@@ -7,7 +7,8 @@
 #
 # Most of the first run's time goes into compiling kernels, so the suite is cut into one part a core. Reports are
 # FOLDER/report/PART.json, messages PART.log; compiled kernels stay in FOLDER/cache. Exit 1 if a part failed: a GPU is
-# required there, not hoped for. `FOLDER/longspan run --backend cuda ...` is the program itself.
+# required there, not hoped for. `FOLDER/longspan run --backend cuda ...` is the program itself, and so is
+# `FOLDER/longspan bench --backend cuda ...`, whose share of peak needs libcublas (LONGSPAN_LIBCUBLAS).
 set -eu
 
 command=${1:?usage: ci/gpu.sh build|run [FOLDER] [FILTER]}

@@ -27,12 +27,12 @@ KNOWN_SPILLS = [
     ({"backward", "HEAD_DIM=256", "HEAD_DIM_V=256", "EXACT=0"}, 64),
     ({"backward", "HEAD_DIM=192", "HEAD_DIM_V=128", "DROPOUT=1"}, 120),
 ]
-Kernel = collections.namedtuple("Kernel", "case kind key shared threads rows tiles section entries defines")
+Kernel = collections.namedtuple("Kernel", "case kind key shared threads rows box_rows tiles section entries defines")
 
 
 def parse(line):
-    case, kind, key, shared, threads, rows, tiles, section, entries, *defines = line.split()
-    numbers = [int(x) for x in (shared, threads, rows, tiles, section)]
+    case, kind, key, shared, threads, rows, box_rows, tiles, section, entries, *defines = line.split()
+    numbers = [int(x) for x in (shared, threads, rows, box_rows, tiles, section)]
     return Kernel(case, kind, key, *numbers, entries.split(","), defines)
 
 

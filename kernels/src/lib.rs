@@ -10,6 +10,7 @@
 //! A forward is one launch over [`WorkList::by_queries`]; a backward is one launch over [`WorkList::by_keys`], and in the
 //! deterministic mode a second one over query tiles.
 
+mod hopper;
 pub mod params;
 pub mod source;
 pub mod specialize;

@@ -1,21 +1,23 @@
 //! The kernel sources, compiled into the program.
 
-/// One kernel's source: what the vendor's prelude, the shared part and the kernel's own file hold, in this order.
+/// One kernel's source: what the vendor's prelude, the shared part and the kernel's own file hold, in this order; where it needs more of one
+/// architecture, or shares some, that comes before its own.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Source {
     /// File name, for compiler messages.
     pub file: &'static str,
-    parts: [&'static str; 3],
+    parts: [&'static str; 4],
 }
 
 macro_rules! sources {
-    ($($(#[$doc:meta])* $name:ident = $file:literal;)*) => {
+    ($($(#[$doc:meta])* $name:ident = $file:literal $(with $($prelude:literal),+)?;)*) => {
         impl Source {
             $($(#[$doc])* pub const $name: Self = Self {
                 file: $file,
                 parts: [
                     include_str!("../cu/prelude_cuda.cuh"),
                     include_str!("../cu/common.cuh"),
+                    concat!($($(include_str!(concat!("../cu/", $prelude))),+)?),
                     include_str!(concat!("../cu/", $file)),
                 ],
             };)*
@@ -44,6 +46,14 @@ sources! {
     SM80_BACKWARD_DQ = "sm80_attention_backward_dq.cu";
     /// `attention_forward` for 16-bit elements.
     SM80_FORWARD = "sm80_attention_forward.cu";
+    /// `attention_backward` for 16-bit elements on sm_90a.
+    SM90_BACKWARD = "sm90_attention_backward.cu" with "prelude_sm90.cuh", "sm90_backward.cuh";
+    /// `attention_backward_dq` for 16-bit elements on sm_90a: deterministic mode, large heads.
+    SM90_BACKWARD_DQ = "sm90_attention_backward_dq.cu" with "prelude_sm90.cuh";
+    /// `attention_backward` for 16-bit elements and large heads on sm_90a.
+    SM90_BACKWARD_WIDE = "sm90_attention_backward_wide.cu" with "prelude_sm90.cuh", "sm90_backward.cuh";
+    /// `attention_forward` for 16-bit elements on sm_90a.
+    SM90_FORWARD = "sm90_attention_forward.cu" with "prelude_sm90.cuh";
 }
 
 impl Source {

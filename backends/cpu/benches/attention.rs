@@ -14,7 +14,7 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use longspan_cpu::{Buffer, CpuAttention, CpuDevice, CpuStream, Options, Personality};
+use longspan_cpu::{Buffer, CpuAttention, CpuDevice, CpuStream, Options, Personality, multiply_adds};
 use longspan_hal::{
     Attention, Backward, DType, Device, Extras, Forward, Gradient, Priority, Result, Slice, Slices, Spec, Stage, Store,
     Strided, View, ViewMut,
@@ -196,67 +196,4 @@ fn peak(clock: Clock) -> f64 {
     let start = clock.now();
     let done: Vec<usize> = rayon::broadcast(|_| multiply_adds(ROUNDS));
     2.0 * done.iter().sum::<usize>() as f64 / (clock.now() - start) / 1e9
-}
-
-/// Runs independent chains of multiply-adds; how many were made.
-#[cfg(target_arch = "x86_64")]
-fn multiply_adds(rounds: usize) -> usize {
-    let narrow = std::env::var("LONGSPAN_CPU_ARCH").is_ok_and(|arch| arch == "avx2");
-    if is_x86_feature_detected!("avx512f") && !narrow {
-        // SAFETY: the CPU has AVX-512F.
-        unsafe { avx512(rounds) }
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        // SAFETY: the CPU has AVX2 and FMA.
-        unsafe { avx2(rounds) }
-    } else {
-        plain(rounds)
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn multiply_adds(rounds: usize) -> usize {
-    plain(rounds)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn avx2(rounds: usize) -> usize {
-    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
-    let (a, b) = (_mm256_set1_ps(std::hint::black_box(0.999)), _mm256_set1_ps(1e-3));
-    let mut c = [_mm256_set1_ps(1.0); 12];
-    for _ in 0..rounds {
-        for x in &mut c {
-            *x = _mm256_fmadd_ps(*x, a, b);
-        }
-    }
-    std::hint::black_box(c);
-    rounds * 12 * 8
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn avx512(rounds: usize) -> usize {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
-    let (a, b) = (_mm512_set1_ps(std::hint::black_box(0.999)), _mm512_set1_ps(1e-3));
-    let mut c = [_mm512_set1_ps(1.0); 12];
-    for _ in 0..rounds {
-        for x in &mut c {
-            *x = _mm512_fmadd_ps(*x, a, b);
-        }
-    }
-    std::hint::black_box(c);
-    rounds * 12 * 16
-}
-
-/// What the compiler makes of it: fused where the target always has it, two instructions elsewhere.
-fn plain(rounds: usize) -> usize {
-    let (a, b) = (std::hint::black_box(0.999f32), std::hint::black_box(1e-3f32));
-    let mut c = [1.0f32; 64];
-    for _ in 0..rounds {
-        for x in &mut c {
-            *x = if cfg!(target_arch = "aarch64") { x.mul_add(a, b) } else { *x * a + b };
-        }
-    }
-    std::hint::black_box(c);
-    rounds * c.len()
 }

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use longspan_hal::{Backend, DeviceInfo, Error, GroupId, Result};
+use longspan_hal::{Backend, DType, DeviceInfo, Error, GroupId, Peak, Result};
 
 use crate::caps::{name, total_memory};
+use crate::peak::peak;
 use crate::{CpuAttention, CpuCollective, CpuDevice, Options, Personality};
 
 /// Names and behaviour of the CPU's devices, by index. All are the same cores; the first is the one to compute with, the
@@ -65,5 +66,9 @@ impl Backend for Cpu {
 
     fn attention(device: &CpuDevice) -> Result<CpuAttention> {
         CpuAttention::new(device)
+    }
+
+    fn peak(_device: &CpuDevice, _dtype: DType) -> Result<Peak> {
+        Ok(peak())
     }
 }

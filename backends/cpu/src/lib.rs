@@ -16,6 +16,7 @@
 //! | `collective.rs`, `exchange.rs` | communicator; prepared exchanges |
 //! | `group.rs`, `matching.rs`, `round.rs`, `board.rs` | what ranks share: common calls, rounds, the progress board |
 //! | `transport.rs` | what a collective of another crate needs of the device |
+//! | `peak.rs` | the most that the CPU computes, measured |
 //! | `personality.rs` | imitations of other machines |
 
 mod attention;
@@ -31,6 +32,7 @@ mod exchange;
 mod group;
 mod matching;
 mod memory;
+mod peak;
 mod personality;
 mod round;
 mod stream;
@@ -45,6 +47,7 @@ pub use device::{CpuDevice, Options};
 pub use event::CpuEvent;
 pub use exchange::CpuExchange;
 pub use memory::Buffer;
+pub use peak::multiply_adds;
 pub use personality::Personality;
 pub use stream::CpuStream;
 

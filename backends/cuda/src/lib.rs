@@ -6,14 +6,16 @@
 //! | variable | what it does |
 //! |---|---|
 //! | `LONGSPAN_EXCHANGE` | `auto` (the default), `peer` or `nccl`: how messages travel |
-//! | `LONGSPAN_LIBCUDA`, `LONGSPAN_LIBNVRTC`, `LONGSPAN_LIBNCCL` | path of a library, tried first |
+//! | `LONGSPAN_KERNEL` | `auto` (the default), `flash2` or `flash3`: class of the attention kernels (`flash3` on Hopper only) |
+//! | `LONGSPAN_LIBCUDA`, `LONGSPAN_LIBNVRTC`, `LONGSPAN_LIBNCCL`, `LONGSPAN_LIBCUBLAS` | path of a library, tried first |
 //! | `LONGSPAN_CACHE` | folder of compiled kernels |
 //! | `LONGSPAN_QUIET` | no lines about compiled kernels |
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use longspan_gpu::{Codes, Facts, GpuBackend, Machine, Place, Vendor, in_site_packages};
+pub use longspan_gpu::{Cache, CacheFigures};
+use longspan_gpu::{Codes, Facts, GpuBackend, Machine, Place, Products, Vendor, in_site_packages};
 
 /// NVIDIA GPUs as a backend: `cuda`.
 pub type Cuda = GpuBackend<Nvidia>;
@@ -28,6 +30,16 @@ impl Vendor for Nvidia {
     fn machine() -> &'static Machine {
         static MACHINE: Machine = Machine::new(FACTS);
         &MACHINE
+    }
+
+    fn products() -> Option<Products> {
+        Some(PRODUCTS)
+    }
+
+    fn driver_release() -> Option<String> {
+        let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+        let is_version = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+        text.lines().next()?.split_whitespace().find(is_version).map(str::to_owned)
     }
 }
 
@@ -58,6 +70,21 @@ const FACTS: Facts = Facts {
     arch,
     flags: &["-std=c++17"],
     oldest: (12_000, "driver 525 (CUDA 12.0)"),
+};
+
+/// cuBLAS with the numbers of `library_types.h` and `cublas_api.h`: `CUDA_R_16BF`, `CUDA_R_16F`, `CUDA_R_32F`,
+/// `CUBLAS_COMPUTE_32F`, `CUBLAS_GEMM_DEFAULT`.
+const PRODUCTS: Products = Products {
+    place: Place {
+        what: "libcublas",
+        candidates: products,
+        beside: &["libcublasLt.so"],
+        how_to_get_it: "pip install nvidia-cublas, or install a CUDA toolkit, or name the library in LONGSPAN_LIBCUBLAS; only \
+                        the share of peak of `longspan bench` needs it",
+    },
+    dtypes: [14, 2, 0],
+    compute: 68,
+    algorithm: -1,
 };
 
 /// Numbers of `cuda.h`.
@@ -112,6 +139,15 @@ fn nccl() -> Vec<OsString> {
     let mut list = named("LONGSPAN_LIBNCCL");
     list.extend(["libnccl.so.2", "libnccl.so"].map(OsString::from));
     list.extend(in_site_packages("nvidia", "libnccl.so"));
+    list
+}
+
+fn products() -> Vec<OsString> {
+    let mut list = named("LONGSPAN_LIBCUBLAS");
+    let versions = ["libcublas.so.13", "libcublas.so.12", "libcublas.so"];
+    list.extend(versions.map(OsString::from));
+    list.extend(versions.map(|name| PathBuf::from("/usr/local/cuda/lib64").join(name).into_os_string()));
+    list.extend(in_site_packages("nvidia", "libcublas.so"));
     list
 }
 

@@ -76,3 +76,36 @@ fn the_copy_kernels_compile() {
         compiler.compile(&kernel.source.text(), kernel.source.file, &options).expect("it compiles");
     }
 }
+
+#[test]
+fn findings_say_what_is_missing_and_how_to_get_it() {
+    let findings = Cuda::findings();
+    for what in ["driver (libcuda)", "compiler (libnvrtc)", "collectives (libnccl)", "matrix products (libcublas)"] {
+        let finding = findings.iter().find(|f| f.what == what).unwrap_or_else(|| panic!("{what} in {findings:?}"));
+        match &finding.state {
+            Ok(text) => assert!(text.contains("lib"), "its path: {text}"),
+            Err(Error::Unavailable { how_to_get_it, .. }) => {
+                assert!(how_to_get_it.contains("install"), "{how_to_get_it}");
+            }
+            Err(other) => panic!("{what}: {other}"),
+        }
+    }
+    assert!(findings.iter().any(|f| f.what == "kernel cache" && f.state.is_ok()));
+    assert_eq!(has_gpu(), findings.iter().any(|f| f.what == "GPU 0"));
+    assert_eq!(longspan::findings("cuda").map(|f| f.len()), Some(findings.len()));
+}
+
+#[test]
+fn the_cache_of_kernels_is_found_without_a_gpu() {
+    let caches = longspan::kernel_caches();
+    let cuda = caches.iter().find(|c| c.backend == "cuda").expect("it keeps kernels");
+    assert!(cuda.folder.as_ref().is_none_or(|folder| folder.ends_with("cuda")), "{cuda:?}");
+}
+
+#[test]
+fn how_messages_travel_can_be_chosen() {
+    use longspan_hal::Transport;
+    for transport in [Transport::Library, Transport::Peer, Transport::Auto] {
+        assert_eq!(Cuda::set_transport(transport), Ok(()));
+    }
+}

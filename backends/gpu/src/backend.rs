@@ -3,8 +3,9 @@
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use longspan_hal::{Backend, DeviceInfo, GroupId, Result};
+use longspan_hal::{Backend, DType, DeviceInfo, Error, Finding, GroupId, KernelClass, Peak, Result, Transport};
 
+use crate::findings::findings;
 use crate::group::new_id;
 use crate::{GpuAttention, GpuCollective, GpuDevice, Vendor};
 
@@ -38,5 +39,28 @@ impl<V: Vendor> Backend for GpuBackend<V> {
 
     fn attention(device: &GpuDevice) -> Result<GpuAttention> {
         Ok(GpuAttention::new(device))
+    }
+
+    fn peak(device: &GpuDevice, dtype: DType) -> Result<Peak> {
+        let products = V::products().ok_or_else(|| Error::Unsupported {
+            backend: V::NAME,
+            what: "measuring its own peak".to_owned(),
+            instead: "figures are given without a share of it".to_owned(),
+        })?;
+        products.peak(V::machine().products(&products)?, device, dtype)
+    }
+
+    fn set_transport(wanted: Transport) -> Result<()> {
+        V::machine().set_transport(wanted);
+        Ok(())
+    }
+
+    fn set_kernels(wanted: KernelClass) -> Result<()> {
+        V::machine().set_kernels(wanted);
+        Ok(())
+    }
+
+    fn findings() -> Vec<Finding> {
+        findings::<V>()
     }
 }

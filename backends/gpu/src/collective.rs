@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, View};
+use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, Transport, View};
 
 use crate::device::GpuDevice;
 use crate::exchange::{Draft, GpuExchange};
@@ -38,7 +38,7 @@ enum Wire {
     Peer,
 }
 
-/// What `LONGSPAN_EXCHANGE` asks for.
+/// What the caller, or else `LONGSPAN_EXCHANGE`, asks for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Wish {
     /// Peer where all devices reach each other, else NCCL.
@@ -48,6 +48,16 @@ enum Wish {
 }
 
 impl Wish {
+    /// What `transport` says, or else the variable.
+    fn new(transport: Option<Transport>) -> Result<Self> {
+        match transport {
+            Some(Transport::Library) => Ok(Self::Nccl),
+            Some(Transport::Peer) => Ok(Self::Peer),
+            Some(_) => Ok(Self::Auto),
+            None => Self::parse(std::env::var("LONGSPAN_EXCHANGE").ok().as_deref()),
+        }
+    }
+
     fn parse(text: Option<&str>) -> Result<Self> {
         match text {
             None | Some("" | "auto") => Ok(Self::Auto),
@@ -69,12 +79,12 @@ impl Wish {
             (Self::Auto | Self::Peer, None) => Ok(true),
             (Self::Peer, Some((a, b))) => {
                 let why = format!("device {a} can't access memory of device {b}; use auto or nccl");
-                Err(Error::invalid("LONGSPAN_EXCHANGE", why))
+                Err(Error::invalid("exchange", why))
             }
             (Self::Auto | Self::Nccl, _) if distinct => Ok(false),
             (Self::Auto | Self::Nccl, _) => {
                 let why = format!("NCCL needs a device for each rank, the ranks are on devices {devices:?}");
-                Err(Error::invalid("LONGSPAN_EXCHANGE", why))
+                Err(Error::invalid("exchange", why))
             }
         }
     }
@@ -95,9 +105,8 @@ impl GpuCollective {
     }
 
     fn new(device: GpuDevice, member: Arc<Member>, devices: Vec<u32>) -> Result<Self> {
-        let wish = std::env::var("LONGSPAN_EXCHANGE").ok();
         let context = device.context();
-        let wire = if Wish::parse(wish.as_deref())?.peer(&devices, context.unreachable(&devices)?)? {
+        let wire = if Wish::new(context.machine.transport())?.peer(&devices, context.unreachable(&devices)?)? {
             context.enable_peers(&devices)?;
             Wire::Peer
         } else {
@@ -213,6 +222,12 @@ mod tests {
         let of = |text| Wish::parse(text).ok();
         assert_eq!([None, Some(""), Some("auto")].map(of), [Some(Wish::Auto); 3]);
         assert_eq!([Some("nccl"), Some("peer"), Some("mpi")].map(of), [Some(Wish::Nccl), Some(Wish::Peer), None]);
+    }
+
+    #[test]
+    fn what_the_caller_says_comes_before_the_variable() {
+        let given = [Transport::Auto, Transport::Library, Transport::Peer].map(|t| Wish::new(Some(t)).ok());
+        assert_eq!(given, [Some(Wish::Auto), Some(Wish::Nccl), Some(Wish::Peer)]);
     }
 
     #[test]

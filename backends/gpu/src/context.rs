@@ -5,7 +5,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use longspan_dylib::Returned;
-use longspan_hal::{Error, Result};
+use longspan_hal::{Error, KernelClass, Result};
 use longspan_kernels::Target;
 
 use crate::driver::{Address, Driver, Handle, PoolProperties};
@@ -265,14 +265,7 @@ impl Context {
     pub(crate) fn unreachable(&self, devices: &[u32]) -> Result<Option<(u32, u32)>> {
         for &a in devices {
             for &b in devices.iter().filter(|b| **b != a) {
-                let (mut from, mut to, mut can) = (0, 0, 0);
-                for (device, ordinal) in [(&mut from, a), (&mut to, b)] {
-                    // SAFETY: `device` is written.
-                    self.check(unsafe { self.driver.device(device, ordinal as i32) })?;
-                }
-                // SAFETY: `can` is written.
-                self.check(unsafe { self.driver.can_access_peer(&mut can, from, to) })?;
-                if can == 0 {
+                if !self.machine.reaches(self.driver, a, b)? {
                     return Ok(Some((a, b)));
                 }
             }
@@ -327,6 +320,8 @@ impl Figures {
             });
         }
         let [major, minor] = [ask(codes.capability[0])?, ask(codes.capability[1])?];
+        let target = Target::new(10 * major + minor, ask(codes.block_bytes)?, ask(codes.unit_bytes)?);
+        let flash3 = machine.kernels()? != KernelClass::Flash2;
         let mut driver_version = 0;
         // SAFETY: `driver_version` is written.
         machine.check(driver, unsafe { driver.version(&mut driver_version) })?;
@@ -336,7 +331,7 @@ impl Figures {
             arch: (machine.facts().arch)(major, minor),
             units: ask(codes.units)?,
             cache_bytes: ask(codes.cache_bytes)? as usize,
-            target: Target::new(10 * major + minor, ask(codes.block_bytes)?, ask(codes.unit_bytes)?),
+            target: Target { flash3: target.flash3 && flash3, ..target },
             driver_version,
             priorities: [0; 2],
         })

@@ -110,7 +110,7 @@ fn caps(context: &Context) -> Caps {
 }
 
 /// `13000` is 13.0.
-fn version_text(version: i32) -> String {
+pub(crate) fn version_text(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 

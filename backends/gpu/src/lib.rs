@@ -16,6 +16,7 @@
 //! | `attention.rs`, `plan.rs` | attention kernels; work lists |
 //! | `collective.rs`, `exchange.rs` | communicator; prepared exchanges |
 //! | `peer.rs`, `nccl.rs` | how messages travel |
+//! | `findings.rs`, `gemm.rs` | what there is on this machine, for people; the device's peak |
 //! | `group.rs`, `matching.rs`, `board.rs` | what ranks share: common calls, letters, the progress board |
 
 pub use longspan_dylib as dylib;
@@ -32,6 +33,8 @@ mod device;
 mod driver;
 mod event;
 mod exchange;
+mod findings;
+mod gemm;
 mod grave;
 mod group;
 mod jit;
@@ -45,6 +48,7 @@ mod plan;
 mod staging;
 mod stream;
 mod sync;
+mod tensor_map;
 
 pub use attention::GpuAttention;
 pub use backend::GpuBackend;
@@ -55,6 +59,7 @@ pub use device::GpuDevice;
 pub use driver::{Address, Copy2d, Driver, Handle, PoolProperties, Side2d};
 pub use event::Event;
 pub use exchange::GpuExchange;
+pub use gemm::Products;
 pub use machine::{Codes, Facts, Machine, Place, Vendor};
 pub use memory::Buffer;
 pub use plan::GpuPlan;

@@ -6,14 +6,16 @@ use std::fmt::Debug;
 use std::sync::{Mutex, OnceLock};
 
 use longspan_dylib::{Library, Search};
-use longspan_hal::{DeviceInfo, Error, Result};
+use longspan_hal::{DeviceInfo, Error, KernelClass, Result, Transport};
 
 use crate::compiler::Compiler;
 use crate::context::Context;
 use crate::driver::Driver;
+use crate::gemm::{Functions, Products};
 use crate::group::Groups;
 use crate::nccl::Nccl;
 use crate::sync::lock;
+use crate::tensor_map::TensorMaps;
 
 /// A vendor of GPUs whose driver has the shape of [`Driver`].
 pub trait Vendor: Debug + Send + Sync + 'static {
@@ -22,6 +24,16 @@ pub trait Vendor: Debug + Send + Sync + 'static {
 
     /// Its one machine.
     fn machine() -> &'static Machine;
+
+    /// Its library of matrix products, against which the device's peak is measured.
+    fn products() -> Option<Products> {
+        None
+    }
+
+    /// What the installed driver calls itself, where the system tells.
+    fn driver_release() -> Option<String> {
+        None
+    }
 }
 
 /// A vendor's facts, and what of it is loaded in this process.
@@ -31,6 +43,10 @@ pub struct Machine {
     driver: OnceLock<Result<Driver>>,
     compiler: OnceLock<Result<Compiler>>,
     nccl: OnceLock<Result<Nccl>>,
+    tensor_maps: OnceLock<Result<TensorMaps>>,
+    products: OnceLock<Result<Functions>>,
+    transport: Mutex<Option<Transport>>,
+    kernels: Mutex<Option<KernelClass>>,
     contexts: Mutex<BTreeMap<u32, &'static Context>>,
     pub(crate) groups: Groups,
 }
@@ -123,6 +139,10 @@ impl Machine {
             driver: OnceLock::new(),
             compiler: OnceLock::new(),
             nccl: OnceLock::new(),
+            tensor_maps: OnceLock::new(),
+            products: OnceLock::new(),
+            transport: Mutex::new(None),
+            kernels: Mutex::new(None),
             contexts: Mutex::new(BTreeMap::new()),
             groups: Groups::new(),
         }
@@ -183,6 +203,54 @@ impl Machine {
         self.nccl.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
+    /// The driver's encoder of tensor maps, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub(crate) fn tensor_maps(&'static self) -> Result<&'static TensorMaps> {
+        let load = || TensorMaps::load(self.facts.driver.open()?);
+        self.tensor_maps.get_or_init(load).as_ref().map_err(Clone::clone)
+    }
+
+    /// The library of matrix products, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub(crate) fn products(&self, of: &Products) -> Result<&Functions> {
+        self.products.get_or_init(|| of.load(self)).as_ref().map_err(Clone::clone)
+    }
+
+    /// The class of attention kernels: what was said, or else the variable `LONGSPAN_KERNEL`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for another word in the variable.
+    pub(crate) fn kernels(&self) -> Result<KernelClass> {
+        if let Some(wanted) = *lock(&self.kernels) {
+            return Ok(wanted);
+        }
+        match std::env::var("LONGSPAN_KERNEL").as_deref() {
+            Err(_) | Ok("" | "auto") => Ok(KernelClass::Auto),
+            Ok("flash2") => Ok(KernelClass::Flash2),
+            Ok("flash3") => Ok(KernelClass::Flash3),
+            Ok(other) => Err(Error::invalid("LONGSPAN_KERNEL", format!("{other:?} is not auto, flash2 or flash3"))),
+        }
+    }
+
+    /// Says which class of attention kernels devices use that are opened later.
+    pub(crate) fn set_kernels(&self, wanted: KernelClass) {
+        *lock(&self.kernels) = Some(wanted);
+    }
+
+    /// How messages are to travel, if that was said.
+    pub(crate) fn transport(&self) -> Option<Transport> {
+        *lock(&self.transport)
+    }
+
+    /// Says how messages of later groups are to travel.
+    pub(crate) fn set_transport(&self, wanted: Transport) {
+        *lock(&self.transport) = Some(wanted);
+    }
+
     /// The context of device `ordinal`. It lives as long as the process: its kernels stay loaded.
     ///
     /// # Errors
@@ -220,6 +288,42 @@ impl Machine {
         self.check(driver, unsafe { driver.device_name(name.as_mut_ptr().cast(), 255, device) })?;
         let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
         Ok(DeviceInfo::new(ordinal, String::from_utf8_lossy(&name[..end]), bytes as u64))
+    }
+
+    /// Architecture and number of multiprocessors of a device, without a context on it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub(crate) fn arch(&self, driver: &Driver, ordinal: u32) -> Result<(String, u32)> {
+        let device = self.device(driver, ordinal)?;
+        let ask = |attribute: i32| -> Result<u32> {
+            let mut value = 0;
+            // SAFETY: `value` is written.
+            self.check(driver, unsafe { driver.device_attribute(&mut value, attribute, device) })?;
+            Ok(u32::try_from(value).unwrap_or(0))
+        };
+        let [major, minor] = self.facts.codes.capability;
+        Ok(((self.facts.arch)(ask(major)?, ask(minor)?), ask(self.facts.codes.units)?))
+    }
+
+    /// Whether device `a` can access memory of device `b`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub(crate) fn reaches(&self, driver: &Driver, a: u32, b: u32) -> Result<bool> {
+        let (from, to) = (self.device(driver, a)?, self.device(driver, b)?);
+        let mut can = 0;
+        // SAFETY: `can` is written.
+        self.check(driver, unsafe { driver.can_access_peer(&mut can, from, to) })?;
+        Ok(can != 0)
+    }
+
+    /// The driver's number of device `ordinal`.
+    fn device(&self, driver: &Driver, ordinal: u32) -> Result<i32> {
+        let mut device = 0;
+        // SAFETY: `device` is written.
+        self.check(driver, unsafe { driver.device(&mut device, ordinal as i32) })?;
+        Ok(device)
     }
 
     /// An error for what a call of the driver returned, unless that is 0.

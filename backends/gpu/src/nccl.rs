@@ -10,7 +10,7 @@
 //!
 //! RCCL exports the same symbols.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{OsString, c_char, c_int};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -79,6 +79,19 @@ impl Nccl {
         Functions::load(library, flavor).map(Self)
     }
 
+    /// Version, as `2.28.3`, where the library tells.
+    pub(crate) fn version(&self) -> Option<String> {
+        let mut version = 0;
+        // SAFETY: `version` is written.
+        let asked = unsafe { self.0.version(&mut version) };
+        (asked.value == 0).then(|| version_text(version))
+    }
+
+    /// Where it was loaded from.
+    pub(crate) fn path(&self) -> &OsString {
+        self.0.library().path()
+    }
+
     fn check(&self, backend: &'static str, returned: Returned<c_int>) -> Result<()> {
         if returned.value == 0 {
             return Ok(());
@@ -91,6 +104,12 @@ impl Nccl {
             message: unsafe { c_text(self.0.error_text(returned.value).value) },
         })
     }
+}
+
+/// `22803` is 2.28.3; versions before 2.9 had a digit less.
+fn version_text(version: c_int) -> String {
+    let major = if version < 10_000 { 1_000 } else { 10_000 };
+    format!("{}.{}.{}", version / major, version % major / 100, version % 100)
 }
 
 /// A rank's communicator.
@@ -235,4 +254,14 @@ fn join(context: &'static Context, nccl: &'static Nccl, member: &Member, id: Uni
     })?;
     let limit: Duration = member.limit;
     result.recv_timeout(limit).unwrap_or(Err(Error::Timeout { call: "ncclCommInitRank", limit }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_read_as_people_write_them() {
+        assert_eq!([22_803, 21_907, 2_708].map(version_text), ["2.28.3", "2.19.7", "2.7.8"].map(str::to_owned));
+    }
 }

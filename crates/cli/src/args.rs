@@ -24,6 +24,7 @@ Start with:
   longspan doctor
   longspan run --synthetic 1,2048,8,2,64 --mask causal --layout zigzag --ring 4 --backward --verify
   longspan layout --seq 64 --ulysses 2 --ring 2 --layout zigzag --mask causal
+  longspan bench --seq 4096 --sweep S --html bench.html
 
 Ranks are threads, or with a backend such as mpi the processes that a launcher started:
   mpirun -n 4 longspan run --backend mpi --synthetic 1,2048,8,2,64 --ulysses 2 --ring 2 --verify"
@@ -37,10 +38,14 @@ pub struct Args {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Measure speed, exchange, overlap and memory of attention over ranks
+    Bench(Box<Bench>),
+    /// Show or clear the kernels that were compiled on this machine
+    Cache(CacheArgs),
     /// Judge a backend: run the conformance suite on it
     Conformance(Conformance),
     /// Show what is on this machine, what is missing, and how to get it
-    Doctor,
+    Doctor(DoctorArgs),
     /// Show who holds which tokens and what each step of the ring computes
     Layout(LayoutArgs),
     /// Run attention over ranks, forward and backward, and verify the result
@@ -78,6 +83,12 @@ pub struct Run {
     /// Which backend computes, of those that `longspan doctor` lists; NAME:0,1 chooses devices
     #[arg(long, default_value = "cpu")]
     pub backend: String,
+    /// How messages travel between GPUs [default: what LONGSPAN_EXCHANGE says, else auto]
+    #[arg(long, value_enum)]
+    pub exchange: Option<Exchange>,
+    /// Class of the attention kernels, where the backend has a choice
+    #[arg(long, value_enum, value_name = "CLASS")]
+    pub kernel: Option<Kernel>,
     /// Compute gradients too (of dout in the file, or of a seeded normal one)
     #[arg(long)]
     pub backward: bool,
@@ -157,6 +168,143 @@ pub struct Options {
     pub head_groups: u32,
 }
 
+/// `longspan bench`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Numbers are drawn on the way to the device and stay there; a repetition starts with a barrier and takes as long as its slowest
+rank. Figures are medians. FLOPs of a forward: 2 (head_dim + head_dim_v) for each query head and each pair of a query and a key
+that the mask allows; 2.5 times that for a backward. `of peak` is the share of what the devices themselves were measured to do.
+`overlap` is the time of the same work with 1/N of the heads on each of N devices alone, without exchange, over this time.
+docs/bench.md describes the JSON.")]
+pub struct Bench {
+    /// Which backend computes, of those that `longspan doctor` lists; NAME:0,1 chooses devices
+    #[arg(long, default_value = "cpu")]
+    pub backend: String,
+    /// How messages travel between GPUs [default: what LONGSPAN_EXCHANGE says, else auto]
+    #[arg(long, value_enum)]
+    pub exchange: Option<Exchange>,
+    /// Class of the attention kernels, where the backend has a choice
+    #[arg(long, value_enum, value_name = "CLASS")]
+    pub kernel: Option<Kernel>,
+    /// Measure backward, and a step of forward and backward, too
+    #[arg(long)]
+    pub backward: bool,
+    /// Measure q, k and v as heads of one packed tensor too
+    #[arg(long)]
+    pub packed: bool,
+    /// Repetitions, after one that is not counted
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = count())]
+    pub repeat: u32,
+    /// Give up a wait for another rank or a device after this many seconds
+    #[arg(long, default_value_t = 600, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub limit: u64,
+    /// Write the results as JSON to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the results as one page with pictures to this file
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// What is computed.
+    #[command(flatten)]
+    pub shape: BenchShape,
+    /// How the sequence is cut.
+    #[command(flatten)]
+    pub cut: Cut,
+    /// Options of the attention itself.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// Shapes that `longspan bench` measures.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Shape")]
+pub struct BenchShape {
+    /// Tokens, one or several
+    #[arg(long, default_value = "2048", value_name = "S,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    pub seq: Vec<u64>,
+    /// Vary S: from an eighth of the largest --seq by doubling; U, R: 1, 2, 4, ... up to --ulysses, --ring
+    #[arg(long, value_enum, ignore_case = true, value_delimiter = ',', value_name = "S,U,R")]
+    pub sweep: Vec<Sweep>,
+    /// Batch rows
+    #[arg(long, default_value_t = 1, value_name = "B", value_parser = count())]
+    pub batch: u32,
+    /// Query heads
+    #[arg(long, default_value_t = 8, value_name = "H", value_parser = count())]
+    pub heads: u32,
+    /// KV heads [default: as many as query heads]
+    #[arg(long, value_name = "HK", value_parser = count())]
+    pub kv_heads: Option<u32>,
+    /// Size of a query and key head
+    #[arg(long, default_value_t = 128, value_name = "D", value_parser = count())]
+    pub head_dim: u32,
+    /// Size of a value head [default: the same]
+    #[arg(long, value_name = "DV", value_parser = count())]
+    pub head_dim_v: Option<u32>,
+    /// Element type
+    #[arg(long, value_enum, default_value_t = Type::Bf16)]
+    pub dtype: Type,
+}
+
+/// What `longspan bench` varies.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Sweep {
+    /// Ring ranks
+    R,
+    /// Tokens
+    S,
+    /// Ulysses ranks
+    U,
+}
+
+/// `longspan cache`.
+#[derive(Debug, clap::Args)]
+pub struct CacheArgs {
+    /// Remove the kernels; they are compiled again when they are needed
+    #[arg(long)]
+    pub clear: bool,
+}
+
+/// `longspan doctor`.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Load this backend's libraries in this process and say what was found
+    #[arg(long, value_name = "BACKEND", hide = true)]
+    pub probe: Option<String>,
+}
+
+/// Class of the attention kernels.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Kernel {
+    /// The fastest that can do the work
+    Auto,
+    /// FlashAttention-2 class
+    Flash2,
+    /// FlashAttention-3 class (Hopper): what it can't do is refused
+    Flash3,
+}
+
+/// How messages travel between GPUs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Exchange {
+    /// Peer copies where all devices reach each other's memory, else the vendor's library
+    Auto,
+    /// The vendor's library of collectives: NCCL, or RCCL
+    Nccl,
+    /// Copies between the devices' memories
+    Peer,
+}
+
+impl Exchange {
+    /// The name that the command line uses.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Nccl => "nccl",
+            Self::Peer => "peer",
+        }
+    }
+}
+
 /// `longspan layout`.
 #[derive(Debug, clap::Args)]
 pub struct LayoutArgs {
@@ -180,6 +328,12 @@ pub struct Conformance {
     /// Which backend is judged, of those that `longspan doctor` lists; NAME:0,1 chooses devices
     #[arg(long, default_value = "cpu")]
     pub backend: String,
+    /// How messages travel between GPUs [default: what LONGSPAN_EXCHANGE says, else auto]
+    #[arg(long, value_enum)]
+    pub exchange: Option<Exchange>,
+    /// Class of the attention kernels, where the backend has a choice
+    #[arg(long, value_enum, value_name = "CLASS")]
+    pub kernel: Option<Kernel>,
     /// How the CPU behaves: it can stand in for the habits of other vendors
     #[arg(long, value_enum, default_value_t)]
     pub personality: Personality,

@@ -1,5 +1,8 @@
 //! Backends by name, as `--backend` takes them: `NAME` or `NAME:DEVICE[,DEVICE...]`.
 
+use longspan::{KernelClass, Transport};
+
+use crate::args::{Exchange, Kernel};
 use crate::failure::{Failure, Result};
 
 /// Checks that the backend that `selector` names is compiled in.
@@ -27,6 +30,31 @@ pub fn check(selector: &str) -> Result<()> {
     )))
 }
 
+/// Lets messages of the backend that `selector` names travel as `exchange` says, and attention run on the kernels that
+/// `kernel` says; without them, as the backend would.
+///
+/// # Errors
+/// [`Failure::Input`] where the backend has no choice, or is not on this machine.
+pub fn choose(selector: &str, exchange: Option<Exchange>, kernel: Option<Kernel>) -> Result<()> {
+    if let Some(exchange) = exchange {
+        let wanted = match exchange {
+            Exchange::Auto => Transport::Auto,
+            Exchange::Nccl => Transport::Library,
+            Exchange::Peer => Transport::Peer,
+        };
+        longspan::set_transport(selector, wanted)?;
+    }
+    if let Some(kernel) = kernel {
+        let wanted = match kernel {
+            Kernel::Auto => KernelClass::Auto,
+            Kernel::Flash2 => KernelClass::Flash2,
+            Kernel::Flash3 => KernelClass::Flash3,
+        };
+        longspan::set_kernels(selector, wanted)?;
+    }
+    Ok(())
+}
+
 /// One line about a backend, for people.
 pub fn what(name: &str) -> &'static str {
     match name {
@@ -38,6 +66,7 @@ pub fn what(name: &str) -> &'static str {
         "cpu-nccl-like" => "the same with NCCL's habits: packs what it sends, arrives late",
         "mpi" => "the CPU, with the processes of an MPI job as ranks: mpirun -n 4 longspan run --backend mpi ...",
         "cpu-push" => "the same with senders that write into the receivers' windows",
+        "cuda" => "NVIDIA GPUs: ranks are threads of this process, on devices of their own or on shared ones",
         _ => "",
     }
 }

@@ -22,6 +22,7 @@ use crate::{backends, doctor, output, processes, progress};
 pub fn conformance(args: &Conformance) -> Result<()> {
     let selector = selector(args)?;
     backends::check(&selector)?;
+    backends::choose(&selector, args.exchange, args.kernel)?;
     processes::within(&selector, |job| judge(args, &selector, job))
 }
 
@@ -107,7 +108,7 @@ fn write(path: &Path, report: &Report) -> Result<()> {
 }
 
 /// Today in UTC, `YYYY-MM-DD` (Howard Hinnant's civil-from-days: years that start in March, in eras of 400).
-fn today() -> String {
+pub(crate) fn today() -> String {
     let days = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / 86_400);
     date(days)
 }

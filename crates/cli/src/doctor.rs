@@ -1,11 +1,14 @@
 //! `longspan doctor`: what is on this machine, what is missing, and how to get it.
 //!
-//! Nothing is loaded, linked or started: libraries are looked for as files, where the loader and the backends look.
+//! Libraries are looked for as files, where the loader and the backends look. Those of backends in this build are also loaded,
+//! to ask them for versions, devices and links, but in a process of their own: a broken library may end it or hang.
 
 mod places;
+mod probe;
 
 use std::path::PathBuf;
 
+use crate::args::DoctorArgs;
 use crate::backends;
 use crate::doctor::places::Places;
 use crate::failure::Result;
@@ -77,8 +80,15 @@ const ROCM: [Need; 4] = [
 ///
 /// # Errors
 /// [`crate::failure::Failure::Run`] if stdout can't be written; what is missing is part of the report.
-pub fn doctor() -> Result<()> {
-    say(&report(&Places::of_this_machine()))
+pub fn doctor(args: &DoctorArgs) -> Result<()> {
+    if let Some(backend) = &args.probe {
+        return probe::answer(backend);
+    }
+    let mut text = report(&Places::of_this_machine());
+    for backend in longspan::backends().into_iter().filter(|name| !name.starts_with("cpu") && *name != "ascend-fused") {
+        text.push_str(&format!("\nBackend {backend} (libraries were loaded)\n{}", probe::ask(backend)));
+    }
+    say(&text)
 }
 
 fn report(places: &Places) -> String {
@@ -89,7 +99,7 @@ fn report(places: &Places) -> String {
         table.row([name.to_owned(), backends::what(name).to_owned()]);
     }
     text.push_str(&table.render());
-    text.push_str("\nLibraries of other backends (files only: nothing was loaded)\n");
+    text.push_str("\nLibraries of vendors (files only)\n");
     text.push_str(&libraries(places).render());
     text
 }

@@ -140,7 +140,7 @@ fn figures(job: &Job, engine: &dyn Engine, predicted: u64) -> longspan::Result<R
 
 /// The ranks' results, or one failure for all: the error of a rank that failed by itself comes before those of ranks that
 /// lost it.
-fn done(ranks: Vec<longspan::Result<Rank>>) -> Result<Vec<Rank>> {
+pub(crate) fn done<T>(ranks: Vec<longspan::Result<T>>) -> Result<Vec<T>> {
     let errors: Vec<(usize, &Error)> =
         ranks.iter().enumerate().filter_map(|(rank, result)| result.as_ref().err().map(|e| (rank, e))).collect();
     let own = |e: &Error| !matches!(e, Error::PeerLost { .. });

@@ -170,7 +170,7 @@ fn dout(input: &Input, seed: u64) -> Result<Tensor> {
 
 /// `2^(-8 (h + 1) / heads)` (Press, Smith, Lewis, "Train short, test long", section 3, for powers of two; the same series
 /// for other numbers of heads).
-fn default_slopes(heads: usize) -> Vec<f32> {
+pub(crate) fn default_slopes(heads: usize) -> Vec<f32> {
     (1..=heads).map(|h| (-8.0 * h as f32 / heads as f32).exp2()).collect()
 }
 

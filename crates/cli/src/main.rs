@@ -6,6 +6,8 @@
 
 mod args;
 mod backends;
+mod bench;
+mod cache;
 mod conformance;
 mod doctor;
 mod engine;
@@ -33,8 +35,10 @@ use crate::args::{Args, Command};
 fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.command {
+        Command::Bench(args) => bench::bench(&args),
+        Command::Cache(args) => cache::cache(&args),
         Command::Conformance(args) => conformance::conformance(&args),
-        Command::Doctor => doctor::doctor(),
+        Command::Doctor(args) => doctor::doctor(&args),
         Command::Layout(args) => layout::layout(&args),
         Command::Run(args) => run::run(&args),
         Command::Witness { network } => processes::keep_board(network),

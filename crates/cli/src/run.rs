@@ -21,6 +21,7 @@ use crate::{backends, engine, output, processes, progress, report};
 /// [`crate::failure::Failure::Verification`].
 pub fn run(args: &Run) -> Result<()> {
     backends::check(&args.backend)?;
+    backends::choose(&args.backend, args.exchange, args.kernel)?;
     processes::within(&args.backend, |job| run_in(args, job))
 }
 

@@ -164,7 +164,7 @@ fn the_readme_shows_the_facades_doctest() {
 #[test]
 fn the_readme_names_every_command_and_folder() {
     let readme = read("README.md");
-    for command in ["run", "layout", "conformance", "doctor"] {
+    for command in ["run", "bench", "layout", "conformance", "doctor", "cache"] {
         assert!(readme.contains(&format!("`longspan {command}`")), "{command}");
     }
     for (name, _) in MAY {

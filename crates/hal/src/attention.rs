@@ -45,6 +45,16 @@ pub trait Attention<D: Device>: Debug + Send + Sync + 'static {
     /// Device bytes that a call with `plan` needs as scratch (the larger of forward and backward); a multiple of 256.
     fn scratch_bytes(&self, plan: &Self::Plan) -> usize;
 
+    /// Device bytes that `plan` itself holds: its work lists.
+    fn plan_bytes(&self, _plan: &Self::Plan) -> usize {
+        0
+    }
+
+    /// Names of the kernels that a forward (or backward) with `plan` runs, for reports; none where they have no names.
+    fn kernels(&self, _plan: &Self::Plan, _backward: bool) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Queues one stage of the forward.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use longspan_hal::{
-    Backend, Caps, Collective, DType, Device, Error, Extras, Memory, Priority, Result, Seed, Step, Strided, View,
+    Backend, Caps, Collective, DType, Device, Error, Extras, Memory, Peak, Priority, Result, Seed, Step, Strided, View,
     ViewMut,
 };
 use longspan_seqpar::{
@@ -13,6 +13,7 @@ use longspan_seqpar::{
 };
 
 use crate::Tensor;
+use crate::resident::{Pass, Resident};
 
 /// Inputs that options bring; each is given exactly where the problem has the option.
 #[derive(Clone, Debug, Default)]
@@ -138,6 +139,30 @@ pub trait Engine: Debug {
         joint_dout: Option<&Tensor>,
     ) -> Result<Gradients>;
 
+    /// Collective. Puts seeded normal numbers where this rank's q, k and v would be (and dout, if the problem has a backward),
+    /// to stay on the device for [`Engine::repeat`], and runs once what will be repeated. With `packed`, q, k and v are heads
+    /// of one `[batch, rows, heads + 2 * kv_heads, head_dim]`, and so are their gradients. `extra` brings the inputs of options.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] without a prepare, with joint tokens, or `packed` with unequal head sizes; the device's own.
+    fn reside(&mut self, packed: bool, extra: &Extra) -> Result<()>;
+
+    /// Collective. Runs `pass` once on what [`Engine::reside`] put there, after a barrier of all ranks; the time that it took
+    /// on this rank's device. If `traced`, [`Engine::report`] has its spans, which cost a little time.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] without a reside, or for a backward that was not prepared; the device's own.
+    fn repeat(&mut self, pass: Pass, traced: bool) -> Result<Duration>;
+
+    /// The most that this rank's device computes, measured now.
+    ///
+    /// # Errors
+    /// As [`Backend::peak`].
+    fn peak(&self, dtype: DType) -> Result<Peak>;
+
+    /// Names of the kernels that a forward (or backward) of the last [`Engine::prepare`] runs.
+    fn kernels(&self, backward: bool) -> Vec<String>;
+
     /// Time, bytes and memory of the last run.
     ///
     /// # Errors
@@ -151,46 +176,47 @@ pub trait Engine: Debug {
 /// [`Engine`] of one backend.
 #[derive(Debug)]
 pub(crate) struct EngineOf<B: Backend> {
-    member: Member<B>,
-    limit: Duration,
-    stream: <B::Device as Device>::Stream,
-    usp: Option<Usp<B>>,
-    kept: Option<Kept<B::Device>>,
-    traces: Vec<Trace<B::Device>>,
-    tensor_bytes: u64,
+    pub(crate) member: Member<B>,
+    pub(crate) limit: Duration,
+    pub(crate) stream: <B::Device as Device>::Stream,
+    pub(crate) usp: Option<Usp<B>>,
+    pub(crate) kept: Option<Kept<B::Device>>,
+    pub(crate) resident: Option<Resident<B::Device>>,
+    pub(crate) traces: Vec<Trace<B::Device>>,
+    pub(crate) tensor_bytes: u64,
 }
 
 /// A tensor on the device.
 #[derive(Debug)]
-struct OnDevice<D: Device> {
-    buffer: D::Buffer,
-    at: Strided,
+pub(crate) struct OnDevice<D: Device> {
+    pub buffer: D::Buffer,
+    pub at: Strided,
 }
 
 impl<D: Device> OnDevice<D> {
-    fn view(&self) -> Result<View<'_, D>> {
+    pub(crate) fn view(&self) -> Result<View<'_, D>> {
         View::new(&self.buffer, self.at)
     }
 
-    fn view_mut(&self) -> Result<ViewMut<'_, D>> {
+    pub(crate) fn view_mut(&self) -> Result<ViewMut<'_, D>> {
         ViewMut::new(&self.buffer, self.at)
     }
 }
 
 /// What a forward leaves for its backward.
 #[derive(Debug)]
-struct Kept<D: Device> {
-    shards: [OnDevice<D>; 3],
-    joint: Option<[OnDevice<D>; 3]>,
-    slopes: Option<OnDevice<D>>,
-    sinks: Option<OnDevice<D>>,
-    seed: Option<u64>,
-    results: [OnDevice<D>; 2],
-    joint_results: Option<[OnDevice<D>; 2]>,
+pub(crate) struct Kept<D: Device> {
+    pub shards: [OnDevice<D>; 3],
+    pub joint: Option<[OnDevice<D>; 3]>,
+    pub slopes: Option<OnDevice<D>>,
+    pub sinks: Option<OnDevice<D>>,
+    pub seed: Option<u64>,
+    pub results: [OnDevice<D>; 2],
+    pub joint_results: Option<[OnDevice<D>; 2]>,
 }
 
 impl<D: Device> Kept<D> {
-    fn inputs(&self) -> Result<Inputs<'_, D>> {
+    pub(crate) fn inputs(&self) -> Result<Inputs<'_, D>> {
         Ok(Inputs {
             q: self.shards[0].view()?,
             k: self.shards[1].view()?,
@@ -212,10 +238,10 @@ impl<B: Backend> EngineOf<B> {
     /// An engine for `member`, whose host-side waits end after `limit`.
     pub fn new(member: Member<B>, limit: Duration) -> Result<Self> {
         let stream = member.device.stream(Priority::Normal)?;
-        Ok(Self { member, limit, stream, usp: None, kept: None, traces: Vec::new(), tensor_bytes: 0 })
+        Ok(Self { member, limit, stream, usp: None, kept: None, resident: None, traces: Vec::new(), tensor_bytes: 0 })
     }
 
-    fn empty(&mut self, dtype: DType, extent: [usize; 4]) -> Result<OnDevice<B::Device>> {
+    pub(crate) fn empty(&mut self, dtype: DType, extent: [usize; 4]) -> Result<OnDevice<B::Device>> {
         let at = Strided::dense(dtype, extent);
         let buffer = self.member.device.alloc(at.bytes())?;
         self.tensor_bytes += at.bytes() as u64;
@@ -233,7 +259,7 @@ impl<B: Backend> EngineOf<B> {
         list.try_into().map_err(|_| Error::invalid("tensors", "their number changed"))
     }
 
-    fn per_head(&mut self, values: Option<&Vec<f32>>) -> Result<Option<OnDevice<B::Device>>> {
+    pub(crate) fn per_head(&mut self, values: Option<&Vec<f32>>) -> Result<Option<OnDevice<B::Device>>> {
         let Some(values) = values else {
             return Ok(None);
         };
@@ -241,13 +267,13 @@ impl<B: Backend> EngineOf<B> {
         self.upload(&tensor).map(Some)
     }
 
-    fn download(&self, from: &OnDevice<B::Device>) -> Result<Tensor> {
+    pub(crate) fn download(&self, from: &OnDevice<B::Device>) -> Result<Tensor> {
         let mut tensor = Tensor::zeros(from.at.dtype(), from.at.extent());
         self.member.device.download(&self.stream, from.view()?, tensor.bytes_mut(), self.limit)?;
         Ok(tensor)
     }
 
-    fn planned(&self) -> Result<(Problem, [usize; 2])> {
+    pub(crate) fn planned(&self) -> Result<(Problem, [usize; 2])> {
         let usp = self.usp.as_ref().ok_or_else(|| Error::invalid("engine", "call prepare first"))?;
         Ok((usp.plan().problem().clone(), usp.plan().local_rows()))
     }
@@ -271,8 +297,7 @@ impl<B: Backend> Engine for EngineOf<B> {
     }
 
     fn prepare(&mut self, problem: &Problem, [q, k]: [&Layout; 2], mask: &Mask) -> Result<Bytes> {
-        self.kept = None;
-        self.usp = None;
+        (self.kept, self.resident, self.usp) = (None, None, None);
         let plan = Plan::new(problem, q, k, mask, self.rank())?;
         let device = &self.member.device;
         let usp = Usp::prepare(&self.member, &self.stream, plan, |bytes| device.alloc(bytes))?;
@@ -287,7 +312,7 @@ impl<B: Backend> Engine for EngineOf<B> {
 
     fn forward(&mut self, shards: [&Tensor; 3], extra: &Extra) -> Result<Forwarded> {
         let (problem, [rows, _]) = self.planned()?;
-        self.kept = None;
+        (self.kept, self.resident) = (None, None);
         self.tensor_bytes = 0;
         let wide = |rows| [problem.batch, rows, problem.heads, problem.head_dim_v];
         let thin = |rows| [problem.batch, rows, problem.heads, 1];
@@ -404,6 +429,22 @@ impl<B: Backend> Engine for EngineOf<B> {
         self.traces.truncate(1);
         self.traces.push(trace);
         Ok(result)
+    }
+
+    fn reside(&mut self, packed: bool, extra: &Extra) -> Result<()> {
+        self.put_residents(packed, extra)
+    }
+
+    fn repeat(&mut self, pass: Pass, traced: bool) -> Result<Duration> {
+        self.run_again(pass, traced)
+    }
+
+    fn peak(&self, dtype: DType) -> Result<Peak> {
+        B::peak(&self.member.device, dtype)
+    }
+
+    fn kernels(&self, backward: bool) -> Vec<String> {
+        self.usp.as_ref().map_or(Vec::new(), |usp| usp.kernels(&self.member, backward))
     }
 
     fn report(&self) -> Result<DeviceReport> {

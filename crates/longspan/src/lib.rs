@@ -36,17 +36,23 @@
 //! - `longspan_hal` has the traits that a new backend implements.
 #![forbid(unsafe_code)]
 
+mod cache;
 mod engine;
 mod processes;
 mod ranks;
+mod resident;
 mod select;
 mod tensor;
 
+pub use cache::{KernelCache, clear_kernel_caches, kernel_caches};
 pub use engine::{DeviceReport, Engine, Extra, Forwarded, Gradients, SpanReport};
-pub use longspan_hal::{Caps, DType, DeviceInfo, Error, Extent, Memory, Result, Step};
+pub use longspan_hal::{
+    Caps, DType, DeviceInfo, Error, Extent, Finding, KernelClass, Memory, Peak, Result, Step, Transport,
+};
 pub use longspan_peers::{Board, Lost, Place, Reach};
 pub use longspan_seqpar::{Bytes, Coords, Documents, Layout, Mask, Mesh, Placement, Plan, Problem, Run, Traffic, Work};
 pub use processes::{Processes, in_group};
-pub use ranks::{DEFAULT_LIMIT, on_ranks, on_ranks_within, spawn};
-pub use select::{Visit, backends, select};
+pub use ranks::{DEFAULT_LIMIT, on_devices, on_ranks, on_ranks_within, spawn};
+pub use resident::Pass;
+pub use select::{Visit, backends, devices, findings, select, set_kernels, set_transport};
 pub use tensor::Tensor;

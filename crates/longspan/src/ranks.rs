@@ -49,17 +49,60 @@ pub fn on_ranks_within<T: Send>(
         type Output = Vec<Result<T>>;
 
         fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Self::Output> {
-            spawn::<B, T>(&devices, self.size, self.limit, |member| {
-                let mut engine = EngineOf::new(member, self.limit)?;
-                let result = (self.body)(&mut engine);
-                if result.is_err() {
-                    engine.abort();
-                }
-                result
-            })
+            spawn::<B, T>(&devices, self.size, self.limit, |member| with_engine(member, self.limit, &self.body))
         }
     }
     select(backend, OnRanks { size: mesh.size(), limit, body })
+}
+
+/// Runs `body` on each of the first `count` devices that `backend` selects, all at once, each the only rank of a group of its
+/// own; results in the order of the devices.
+///
+/// # Errors
+/// [`Error::Invalid`] or [`Error::Unavailable`] if the backend cannot be had; the first error of a device.
+pub fn on_devices<T: Send>(
+    backend: &str,
+    count: usize,
+    limit: Duration,
+    body: impl Fn(&mut dyn Engine) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    struct OnDevices<F> {
+        count: usize,
+        limit: Duration,
+        body: F,
+    }
+    impl<T: Send, F: Fn(&mut dyn Engine) -> Result<T> + Sync> Visit for OnDevices<F> {
+        type Output = Vec<T>;
+
+        fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Self::Output> {
+            let Self { count, limit, body } = &self;
+            let alone = |info: &DeviceInfo| -> Result<T> {
+                let ranks = spawn::<B, T>(std::slice::from_ref(info), 1, *limit, |m| with_engine(m, *limit, body))?;
+                ranks.into_iter().next().unwrap_or_else(|| Err(Error::invalid("ranks", "there were none")))
+            };
+            std::thread::scope(|scope| {
+                let chosen = devices.iter().take(*count);
+                let threads: Vec<_> = chosen.map(|info| scope.spawn(|| alone(info))).collect();
+                let lost = || Error::PeerLost { rank: 0, call: "its own code, which panicked", step: Step::default() };
+                threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(lost()))).collect()
+            })
+        }
+    }
+    select(backend, OnDevices { count, limit, body })
+}
+
+/// Runs `body` on an engine for `member`; if it fails, the other ranks hear of it.
+fn with_engine<B: Backend, T>(
+    member: Member<B>,
+    limit: Duration,
+    body: &impl Fn(&mut dyn Engine) -> Result<T>,
+) -> Result<T> {
+    let mut engine = EngineOf::new(member, limit)?;
+    let result = body(&mut engine);
+    if result.is_err() {
+        engine.abort();
+    }
+    result
 }
 
 /// Starts `size` ranks of one group, a thread each, on `devices` in turn; results in rank order. A rank that panics gives

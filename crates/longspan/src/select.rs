@@ -1,6 +1,6 @@
 //! Backends by name. A backend is a type; a visitor is called with the one that a name selects.
 
-use longspan_hal::{Backend, DeviceInfo, Error, Result};
+use longspan_hal::{Backend, DeviceInfo, Error, Finding, KernelClass, Result, Transport};
 
 /// Code that runs on whichever backend was selected.
 pub trait Visit {
@@ -70,6 +70,68 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
                 backends().join(", ")
             ),
         )),
+    }
+}
+
+/// The devices that `selector` names.
+///
+/// # Errors
+/// As [`select`].
+pub fn devices(selector: &str) -> Result<Vec<DeviceInfo>> {
+    struct Devices;
+    impl Visit for Devices {
+        type Output = Vec<DeviceInfo>;
+
+        fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Vec<DeviceInfo>> {
+            Ok(devices)
+        }
+    }
+    select(selector, Devices)
+}
+
+/// Chooses how messages of the backend that `selector` names travel, in groups that are made from now on.
+///
+/// # Errors
+/// As [`select`]; [`Error::Unsupported`] where the backend has no choice.
+pub fn set_transport(selector: &str, wanted: Transport) -> Result<()> {
+    struct Set(Transport);
+    impl Visit for Set {
+        type Output = ();
+
+        fn visit<B: Backend>(self, _devices: Vec<DeviceInfo>) -> Result<()> {
+            B::set_transport(self.0)
+        }
+    }
+    select(selector, Set(wanted))
+}
+
+/// Chooses the class of attention kernels of the backend that `selector` names, for devices that are opened from now on.
+///
+/// # Errors
+/// As [`select`]; [`Error::Unsupported`] where the backend has no choice.
+pub fn set_kernels(selector: &str, wanted: KernelClass) -> Result<()> {
+    struct Set(KernelClass);
+    impl Visit for Set {
+        type Output = ();
+
+        fn visit<B: Backend>(self, _devices: Vec<DeviceInfo>) -> Result<()> {
+            B::set_kernels(self.0)
+        }
+    }
+    select(selector, Set(wanted))
+}
+
+/// What there is of a backend on this machine; `None` if `name` is not compiled in. Loads its libraries, a broken one of which
+/// may end the process.
+pub fn findings(name: &str) -> Option<Vec<Finding>> {
+    match name {
+        #[cfg(feature = "ascend")]
+        "ascend" | "ascend-fused" => Some(longspan_ascend::Ascend::findings()),
+        #[cfg(feature = "cpu")]
+        name if longspan_cpu::Cpu::named(name).is_some() => Some(longspan_cpu::Cpu::findings()),
+        #[cfg(feature = "cuda")]
+        "cuda" => Some(longspan_cuda::Cuda::findings()),
+        _ => None,
     }
 }
 

@@ -118,8 +118,8 @@ impl Plan {
         &self.mask
     }
 
-    /// Bytes of window and buffer that this rank will take: exact. Scratch of kernels and staging of the collective, which
-    /// only a device knows, are added by [`crate::Usp::workspace`].
+    /// Bytes of window and buffer that this rank will take: exact. Scratch and work lists of kernels and staging of the collective,
+    /// which only a device knows, are added by [`crate::Usp::workspace`].
     ///
     /// # Errors
     /// As [`Plan::new`].

@@ -123,7 +123,7 @@ impl<B: Backend> Usp<B> {
                 ),
             ));
         }
-        let (kernels, scratch_bytes) = plan_kernels(member, on, &plan)?;
+        let (kernels, scratch_bytes, list_bytes) = plan_kernels(member, on, &plan)?;
         let forward = PassLayout::new(&plan, false)?;
         let backward = if plan.problem.backward { Some(PassLayout::new(&plan, true)?) } else { None };
         let mut bytes = plan.bytes()?;
@@ -132,7 +132,7 @@ impl<B: Backend> Usp<B> {
         let transfer = member.device.stream(Priority::High)?;
         let forward = Pass::prepare(forward, member, &workspace)?;
         let backward = backward.map(|b| Pass::prepare(b, member, &workspace)).transpose()?;
-        bytes.buffer += scratch_bytes;
+        bytes.buffer += scratch_bytes + list_bytes;
         bytes.staging = forward.staging(member) + backward.as_ref().map_or(0, |b| b.staging(member));
         Ok(Self { plan, workspace, scratch, bytes, transfer, kernels, forward, backward })
     }
@@ -145,6 +145,15 @@ impl<B: Backend> Usp<B> {
     /// Bytes of device memory that this holds beside the caller's tensors: exact, and all that it will ever take.
     pub fn workspace(&self) -> Bytes {
         self.bytes
+    }
+
+    /// Names of the kernels that a forward (or backward) runs, each once.
+    pub fn kernels(&self, member: &Member<B>, backward: bool) -> Vec<String> {
+        let mut names: Vec<String> =
+            self.kernels.iter().flatten().flat_map(|plan| member.attention.kernels(plan, backward)).collect();
+        names.sort();
+        names.dedup();
+        names
     }
 
     /// Queues a forward on the caller's stream.
@@ -419,9 +428,9 @@ impl<B: Backend> Usp<B> {
     }
 }
 
-/// Kernel plans by head group and step, and the scratch that the largest call needs.
-fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> Result<(KernelPlans<B>, usize)> {
-    let mut scratch = 0;
+/// Kernel plans by head group and step, the scratch that the largest call needs, and the bytes of all plans.
+fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> Result<(KernelPlans<B>, usize, usize)> {
+    let (mut scratch, mut lists) = (0, 0);
     let mut groups = Vec::with_capacity(plan.cut.groups());
     for g in 0..plan.cut.groups() {
         let mut steps = Vec::with_capacity(plan.legs.len());
@@ -431,11 +440,12 @@ fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> 
             let slices = Slices::new(&spec, leg.slices.iter().cloned())?;
             let kernel = member.attention.plan(on, &spec, &slices)?;
             scratch = scratch.max(member.attention.scratch_bytes(&kernel));
+            lists += member.attention.plan_bytes(&kernel);
             steps.push(kernel);
         }
         groups.push(steps);
     }
-    Ok((groups, scratch))
+    Ok((groups, scratch, lists))
 }
 
 fn targets<'a, B: Backend, const N: usize>(

@@ -17,7 +17,7 @@ const ALIGN: usize = 256;
 pub struct Bytes {
     /// Memory that peers write.
     pub window: usize,
-    /// Memory that they do not, scratch of kernels included.
+    /// Memory that they do not; scratch and work lists of kernels included.
     pub buffer: usize,
     /// Staging that the collective holds for packing.
     pub staging: usize,

@@ -125,6 +125,10 @@ impl Attention<CpuDevice> for CpuAttention {
         dq_sum(spec).bytes().next_multiple_of(256)
     }
 
+    fn kernels(&self, _plan: &CpuPlan, _backward: bool) -> Vec<String> {
+        vec![self.kernels.name.to_owned()]
+    }
+
     fn forward(&self, on: &CpuStream, plan: &CpuPlan, args: &Forward<'_, CpuDevice>) -> Result<()> {
         let mut tensors = Arguments::default();
         let [q, k, v] = [args.q, args.k, args.v].map(|t| tensors.read(t));

@@ -1,0 +1,83 @@
+//! `longspan bench`: speed, exchange, overlap and memory of attention over ranks, measured.
+//!
+//! ```text
+//! for each length, Ulysses size, ring size, and packing:
+//!     the peak of every device that is used
+//!     the same work alone: each device with its share of the heads, without exchange
+//!     the work on all ranks: repetitions that start with a barrier, then one with a trace
+//! table, JSON, page
+//! ```
+
+mod cases;
+mod chart;
+mod heat;
+mod measure;
+mod page;
+mod record;
+mod table;
+
+use std::path::Path;
+
+use crate::args::Bench;
+use crate::bench::cases::Case;
+use crate::bench::measure::Bencher;
+use crate::bench::record::{Refused, Report};
+use crate::failure::{Failure, Result};
+use crate::report::say;
+use crate::{backends, output, progress};
+
+/// Measures as the command line says.
+///
+/// # Errors
+/// [`Failure::Input`] for bad usage, or if nothing could be measured since the backend refused it; [`Failure::Run`].
+pub fn bench(args: &Bench) -> Result<()> {
+    backends::check(&args.backend)?;
+    backends::choose(&args.backend, args.exchange, args.kernel)?;
+    for path in [&args.json, &args.html].into_iter().flatten() {
+        output::check(path, None)?;
+    }
+    let cases = cases::list(args)?;
+    let bar = progress::bar("measuring");
+    bar.set_length(cases.len() as u64);
+    let measured = measure(args, &cases, || bar.inc(1));
+    bar.finish_and_clear();
+    let (report, failure) = measured?;
+    say(&table::text(&report))?;
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&report).map_err(Failure::run)?;
+        write(path, &(text + "\n"))?;
+    }
+    if let Some(path) = &args.html {
+        write(path, &page::html(&report))?;
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+/// The report, and the failure to end with if a case failed. One that was refused is said in the report, unless it was the
+/// only one.
+fn measure(args: &Bench, cases: &[Case], done: impl Fn()) -> Result<(Report, Option<Failure>)> {
+    let mut bencher = Bencher::new(args, cases)?;
+    let (mut rows, mut refused, mut failed) = (Vec::new(), Vec::new(), None);
+    for case in cases {
+        match bencher.measure(case) {
+            Ok(measured) => rows.extend(measured),
+            Err(failure) if cases.len() == 1 => return Err(failure),
+            Err(failure) => {
+                refused.push(Refused::new(case, failure.to_string()));
+                if matches!(failure, Failure::Run(_)) {
+                    failed = Some(failure);
+                }
+            }
+        }
+        done();
+    }
+    match refused.first() {
+        Some(first) if rows.is_empty() => Err(failed.unwrap_or_else(|| Failure::Input(first.why.clone()))),
+        _ => Ok((bencher.report(rows, refused), failed)),
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    output::write_with(path, |file| std::fs::write(file, text).map_err(Failure::run))?;
+    say(&format!("Wrote {}\n", path.display()))
+}
