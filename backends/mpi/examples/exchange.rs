@@ -6,7 +6,7 @@
 //! |---|---|
 //! | dense | an exchange of contiguous bytes |
 //! | MPI | `MPI_Send` and `MPI_Recv` of the same bytes from the same memory, which is what the library can do |
-//! | types | an exchange of every second head, which travels as a derived datatype on both sides |
+//! | strided | an exchange of every second head: a derived datatype, or packed inside where it is large |
 //! | packed | the same packed by a copy on the device, sent dense, and unpacked by a copy |
 //! | memcpy | one copy of the bytes within a process, without any exchange |
 
@@ -42,7 +42,7 @@ fn main() -> Result<()> {
     if rank.me == 0 {
         println!(
             "{:>10} {:>7} {:>7} {:>6} {:>7} {:>7} {:>7}",
-            "bytes", "dense", "MPI", "ratio", "types", "packed", "memcpy"
+            "bytes", "dense", "MPI", "ratio", "strided", "packed", "memcpy"
         );
     }
     for shift in [12, 16, 20, 23, 26] {
@@ -67,12 +67,12 @@ impl Rank {
         self.device.fill(&self.stream, 1.0, ViewMut::new(&staging, dense)?)?;
         let repeats = ((64 << 20) / bytes).clamp(2, 100);
         let plain = self.exchanges(bytes, repeats, [dense, dense], &window, &source, None)?;
-        let types = self.exchanges(bytes, repeats, [wide, wide], &window, &source, None)?;
+        let strided = self.exchanges(bytes, repeats, [wide, wide], &window, &source, None)?;
         let packed = self.exchanges(bytes, repeats, [dense, dense], &window, &source, Some((&staging, wide)))?;
         let (library, memcpy) = (library(self.me, bytes, repeats), memcpy(bytes, repeats));
         if self.me == 0 {
             println!(
-                "{bytes:>10} {plain:>7.2} {library:>7.2} {:>6.2} {types:>7.2} {packed:>7.2} {memcpy:>7.2}",
+                "{bytes:>10} {plain:>7.2} {library:>7.2} {:>6.2} {strided:>7.2} {packed:>7.2} {memcpy:>7.2}",
                 plain / library
             );
         }

@@ -30,8 +30,9 @@ use crate::world::{Handle, NAME, World, check, lock};
 /// Tests that follow each other at once: large messages come in pieces, each a few microseconds after the last.
 const EAGER: u32 = 30;
 
-/// Tests that only yield before the first nap. More would take cores from ranks that compute, where ranks are more than cores.
-const PATIENT: u32 = 60;
+/// Tests that only yield before the first nap, where every process has a core (about a millisecond if nobody computes on it),
+/// and where they share cores, and whoever waits takes them from those who compute.
+const PATIENT: [u32; 2] = [1000, 60];
 
 /// A test that took longer has moved data, and more is likely to be there.
 const MOVED: Duration = Duration::from_micros(3);
@@ -59,6 +60,8 @@ pub(crate) struct Message {
 pub(crate) struct Flight {
     messages: Vec<Message>,
     requests: Vec<Handle<ffi::MPI_Request>>,
+    /// Tests before the first nap.
+    patient: u32,
 }
 
 /// Flights that did not end: their memory has to live as long as MPI may touch it.
@@ -71,7 +74,8 @@ impl Flight {
     /// [`Error::Driver`]; what was posted is given up.
     pub fn post(world: &World, tag: c_int, mut messages: Vec<Message>) -> Result<Self> {
         messages.sort_by_key(|m| !m.receive);
-        let mut flight = Self { requests: Vec::with_capacity(messages.len()), messages };
+        let patient = PATIENT[usize::from(world.crowded)];
+        let mut flight = Self { requests: Vec::with_capacity(messages.len()), messages, patient };
         let mpi = lock();
         for i in 0..flight.messages.len() {
             match flight.messages[i].post(world, tag) {
@@ -120,7 +124,7 @@ impl Flight {
             tests += 1;
             if tests <= EAGER {
                 std::hint::spin_loop();
-            } else if tests <= PATIENT {
+            } else if tests <= self.patient {
                 std::thread::yield_now();
             } else {
                 std::thread::sleep(nap);

@@ -27,6 +27,8 @@ pub struct World {
     pub local_rank: u32,
     /// Number of processes of this host.
     pub local_size: u32,
+    /// Whether this host has more processes than cores.
+    pub(crate) crowded: bool,
     /// Whether this process started MPI, and so has to end it.
     owned: bool,
     /// Number of tags that the library has.
@@ -88,7 +90,8 @@ fn start() -> Result<World> {
         let [local_rank, local_size] = place(host)?;
         check("MPI_Comm_free", ffi::MPI_Comm_free(&mut host))?;
         share_cores(local_size);
-        Ok(World { rank, size, local_rank, local_size, owned, tags: tags(comm), comm: Handle(comm) })
+        let crowded = machine_cores().is_some_and(|cores| local_size as usize > cores);
+        Ok(World { rank, size, local_rank, local_size, crowded, owned, tags: tags(comm), comm: Handle(comm) })
     }
 }
 
