@@ -195,29 +195,46 @@ struct Producer {
 
 // ---- the planner ----
 
-// The results of a tile that sees no key: what an earlier call left, or nothing.
+// The results of a tile that sees no key: what an earlier call left, or nothing. 32 rows at a time: a lane works out the
+// factor of its row, then all lanes go over the columns of 4 rows at once, so that their loads are under way together.
 DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
     const bool load = PARTIAL && (c.stage & 1), store = PARTIAL && (c.stage & 2);
     if (load && store) return;
-    const int dim = c.problem.head_dim_v;
-    const float sink =
-        c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
-    for (u32 row = t.row0; row < t.row0 + t.rows; ++row) {
-        if (store) {
-            for (int i = lane; i < dim; i += WARP) at<float>(c.acc, t.batch, row, head)[i] = 0.0f;
-            if (lane == 0) *at<float>(c.m, t.batch, row, head) = -INFINITY_F;
-            if (lane == 0) *at<float>(c.l, t.batch, row, head) = 0.0f;
-            continue;
+    const int dim = c.problem.head_dim_v, end = int(t.row0 + t.rows);
+    const float sink = c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
+    for (int row0 = t.row0; row0 < end; row0 += WARP) {
+        const int own = row0 + lane;
+        float factor = 0.0f;
+        if (own < end && store) {
+            *at<float>(c.m, t.batch, own, head) = -INFINITY_F;
+            *at<float>(c.l, t.batch, own, head) = 0.0f;
+        } else if (own < end) {
+            const float m = load ? *at<const float>(c.m, t.batch, own, head) * LOG2E : -INFINITY_F;
+            const float before = load ? *at<const float>(c.l, t.batch, own, head) : 0.0f;
+            const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
+            const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
+            factor = l == 0.0f ? 0.0f : by / l;
+            *at<float>(c.lse, t.batch, own, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
         }
-        const float m = load ? *at<const float>(c.m, t.batch, row, head) * LOG2E : -INFINITY_F;
-        const float before = load ? *at<const float>(c.l, t.batch, row, head) : 0.0f;
-        const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
-        const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
-        const float factor = l == 0.0f ? 0.0f : by / l;
-        for (int i = lane; i < dim; i += WARP)
-            at<u16>(c.out, t.batch, row, head)[i] =
-                narrow(load ? at<const float>(c.acc, t.batch, row, head)[i] * factor : 0.0f);
-        if (lane == 0) *at<float>(c.lse, t.batch, row, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        for (int some = 0; some < WARP && row0 + some < end; some += 4) {
+            float scale[4];
+            UNROLL for (int i = 0; i < 4; ++i) scale[i] = __shfl_sync(0xffffffffu, factor, some + i);
+            for (int column = lane; column < dim; column += WARP) {
+                float x[4];
+                UNROLL for (int i = 0; i < 4; ++i) {
+                    const int row = row0 + some + i;
+                    x[i] = load && row < end ? at<const float>(c.acc, t.batch, row, head)[column] * scale[i] : 0.0f;
+                }
+                UNROLL for (int i = 0; i < 4; ++i) {
+                    const int row = row0 + some + i;
+                    if (row >= end) continue;
+                    if (store)
+                        at<float>(c.acc, t.batch, row, head)[column] = 0.0f;
+                    else
+                        at<u16>(c.out, t.batch, row, head)[column] = narrow(x[i]);
+                }
+            }
+        }
     }
 }
 

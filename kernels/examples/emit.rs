@@ -56,7 +56,7 @@ impl Emit {
         let flash3 = self.target.flash3 && word("kernel") != Some("flash2");
         let target = Target { flash3, ..self.target };
         let (view, slices) = (View { aligned, mapped: aligned }, Slices::new(&spec, slices)?);
-        let [forward, backward] = sections(&spec, 25 << 20, 132);
+        let [forward, backward] = sections(&spec, (50 << 20) / 8 * 5, 132);
         let tall = |kernel: &Specialization| word("rows").map_or(kernel.rows, |w| w.parse().unwrap_or(kernel.rows));
         let kernel = Specialization::forward("emit", &spec, target, view)?;
         self.with_list(
@@ -156,13 +156,20 @@ impl Emit {
         Ok(())
     }
 
+    /// Kernels of the target's own class, and of head sizes in common use those that `--kernel flash2` chooses there.
     fn spec(&self, name: &str, spec: &Spec, aligned: bool) -> Outcome<()> {
         let view = View { aligned, mapped: aligned };
-        self.kernel(name, "forward", &Specialization::forward("emit", spec, self.target, view)?, 0, 0)?;
-        let backward = Specialization::backward("emit", spec, self.target, view)?;
-        self.kernel(name, "backward", &backward, 0, 0)?;
-        if !backward.adds_dq() {
-            self.kernel(name, "dq", &Specialization::backward_dq("emit", spec, self.target, view)?, 0, 0)?;
+        let mut targets = vec![self.target];
+        if self.target.flash3 && [64, 128, 256].contains(&spec.head_dim) {
+            targets.push(Target { flash3: false, ..self.target });
+        }
+        for target in targets {
+            self.kernel(name, "forward", &Specialization::forward("emit", spec, target, view)?, 0, 0)?;
+            let backward = Specialization::backward("emit", spec, target, view)?;
+            self.kernel(name, "backward", &backward, 0, 0)?;
+            if !backward.adds_dq() {
+                self.kernel(name, "dq", &Specialization::backward_dq("emit", spec, target, view)?, 0, 0)?;
+            }
         }
         Ok(())
     }

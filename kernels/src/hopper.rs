@@ -25,7 +25,7 @@ pub(crate) fn forward(spec: &Spec, target: Target, view: View) -> Option<Special
         "TURNS=0".to_owned(),
         format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
-    defines.extend(registers(tile.groups));
+    defines.extend(registers(tile.groups, false));
     Some(Specialization {
         source: Source::SM90_FORWARD,
         entries: &["attention_forward"],
@@ -46,13 +46,10 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
     let plain = !is_heavy(spec) && spec.softcap.is_none();
     // Registers: both gradients and dq in one warpgroup, or one gradient each.
     let many = spec.dropout.is_some() && (spec.alibi || spec.softcap.is_some());
-    let wide = spec.deterministic || d.max(dv) > 128 || (many && d.max(dv) > 64);
-    let queries = match d + dv {
-        ..=256 if wide && plain => 128,
-        ..=128 if plain => 128,
-        _ => 64,
-    };
-    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq: !wide };
+    let wide = d.max(dv) > 128 || (!plain && spec.deterministic) || (many && d.max(dv) > 64);
+    let queries = if d + dv == 128 && plain && !spec.deterministic { 128 } else { 64 };
+    let dq = !wide && !spec.deterministic;
+    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq };
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
@@ -62,7 +59,7 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
         "STAGES=2".to_owned(),
         format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
-    defines.extend(registers(GROUPS));
+    defines.extend(registers(GROUPS, !wide && !dq));
     Some(Specialization {
         source: if wide { Source::SM90_BACKWARD_WIDE } else { Source::SM90_BACKWARD },
         entries: &["attention_backward"],
@@ -97,7 +94,7 @@ pub(crate) fn backward_dq(spec: &Spec, target: Target, view: View) -> Option<Spe
         "STAGES=2".to_owned(),
         format!("SHARED_BYTES={bytes}"),
     ]);
-    defines.extend(registers(GROUPS));
+    defines.extend(registers(GROUPS, false));
     Some(Specialization {
         source: Source::SM90_BACKWARD_DQ,
         entries: &["attention_backward_dq"],
@@ -110,8 +107,12 @@ pub(crate) fn backward_dq(spec: &Spec, target: Target, view: View) -> Option<Spe
 }
 
 /// Registers of a thread of `groups` consumer warpgroups, and of the producer's: together at most what all have at entry.
-fn registers(groups: u32) -> [String; 2] {
-    let [consumer, producer] = if groups == 3 { [160, 32] } else { [232, 40] };
+fn registers(groups: u32, most: bool) -> [String; 2] {
+    let [consumer, producer] = match groups {
+        3 => [160, 32],
+        _ if most => [240, 24],
+        _ => [232, 40],
+    };
     [format!("REGISTERS={consumer}"), format!("PRODUCER_REGISTERS={producer}")]
 }
 

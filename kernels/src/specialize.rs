@@ -273,21 +273,24 @@ pub struct Section {
 }
 
 /// Sections of the forward (and the dq kernel) and of the backward for a cache of `cache` bytes on `units` multiprocessors:
-/// what the cache holds, but at least four tiles a multiprocessor, so that the longest tiles of the last section don't end
-/// long after the others.
+/// what the cache holds, but about two tiles a multiprocessor (backward: one), so that the longest tiles of the last section
+/// don't end long after the others. Where it can be, all sections have as many heads.
 pub fn sections(spec: &Spec, cache: usize, units: u32) -> [Section; 2] {
     let row = (spec.head_dim + spec.head_dim_v) * spec.dtype.size();
     let (keys, queries) = (spec.k_rows * row, spec.group * spec.q_rows * (row + 4 * spec.head_dim));
-    let of = |bytes: usize, rows: usize, group: usize, heads: usize| {
-        let tiles = 4 * units as usize;
-        let fit = (cache / bytes.max(1)).max(tiles.div_ceil(rows.div_ceil(128).max(1) * group)).max(1);
-        let all = heads.div_ceil(group).max(1);
+    let few = units as usize * 7 / 8;
+    let of = |bytes: usize, rows: usize, group: usize, heads: usize, least: usize| {
+        let tiles = rows.div_ceil(128).max(1) * group;
+        let (all, least) = (heads.div_ceil(group).max(1), least.div_ceil(tiles).max(1));
+        let fit = (cache / bytes.max(1)).max(least);
+        let even = (least..=fit.min(all)).rev().find(|n| all.is_multiple_of(*n));
+        let at_once = even.or_else(|| (fit..=all).find(|n| all.is_multiple_of(*n))).unwrap_or(all);
         Section {
-            heads: (fit * group).clamp(1, heads.max(1)) as u32,
+            heads: (at_once * group).clamp(1, heads.max(1)) as u32,
             batches: (fit / all).clamp(1, spec.batch.max(1)) as u32,
         }
     };
-    [of(keys, spec.q_rows, spec.group, spec.heads), of(queries, spec.k_rows, 1, spec.kv_heads)]
+    [of(keys, spec.q_rows, spec.group, spec.heads, 2 * few), of(queries, spec.k_rows, 1, spec.kv_heads, few)]
 }
 
 fn head_sizes(backend: &'static str, spec: &Spec) -> Result<()> {

@@ -72,8 +72,8 @@ impl GpuPlan {
     /// [`longspan_hal::Error::Unsupported`], [`longspan_hal::Error::Invalid`], [`longspan_hal::Error::OutOfMemory`].
     pub(crate) fn new(device: &GpuDevice, on: &GpuStream, spec: &Spec, slices: &Slices) -> Result<Self> {
         let context = device.context();
-        // Half of the cache: the other half is for what is written.
-        let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 2, context.figures.units);
+        // The rest of the cache is for what is written.
+        let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 8 * 5, context.figures.units);
         let mut plan = Layout { bytes: vec![0; 4 * COUNTERS], of: [(); 3].map(|()| Lists::default()) };
         let kernels = VIEWS.map(|view| Kernels::of(context, spec, view));
         let adds_dq = kernels.iter().flatten().any(|k| k.backward.adds_dq());

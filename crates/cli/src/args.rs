@@ -98,6 +98,12 @@ pub struct Run {
     /// Write the results to this safetensors file
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Write what every rank did when, for ui.perfetto.dev: a process per rank, a row per stream, arrows for messages
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
+    /// Draw what every rank did when
+    #[arg(long, value_name = "FILE.svg")]
+    pub timeline: Option<PathBuf>,
     /// Give up a wait for another rank after this many seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub limit: u64,
@@ -318,8 +324,11 @@ pub struct LayoutArgs {
     #[arg(long, value_name = "0,...,S", value_delimiter = ',')]
     pub cu_seqlens: Option<Vec<i32>>,
     /// Show the steps of this ring rank only [default: all, up to 8]
-    #[arg(long, value_name = "RANK")]
+    #[arg(long, value_name = "RANK", conflicts_with = "svg")]
     pub ring_rank: Option<u32>,
+    /// Draw it: who holds which tokens, and the mask of every step coloured by ring rank
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
 }
 
 /// `longspan conformance`.

@@ -17,13 +17,16 @@ mod file;
 mod job;
 mod layout;
 mod output;
+mod picture;
 mod processes;
 mod progress;
+mod record;
 mod report;
 mod results;
 mod run;
 mod sample;
 mod synthetic;
+mod trace;
 mod verify;
 
 use std::process::ExitCode;

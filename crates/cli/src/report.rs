@@ -103,6 +103,12 @@ pub fn time(duration: Duration) -> String {
     if seconds < 1.0 { format!("{:.2} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
 }
 
+/// A duration that may be far below a millisecond.
+pub fn short_time(duration: Duration) -> String {
+    let micros = duration.as_secs_f64() * 1e6;
+    if micros < 1000.0 { format!("{micros:.1} us") } else { time(duration) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,5 +130,7 @@ mod tests {
         }
         assert_eq!(time(Duration::from_micros(1500)), "1.50 ms");
         assert_eq!(time(Duration::from_secs(90)), "90.00 s");
+        assert_eq!(short_time(Duration::from_nanos(1500)), "1.5 us");
+        assert_eq!(short_time(Duration::from_micros(1500)), "1.50 ms");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use longspan::{DType, Tensor};
+use longspan::{DType, DeviceReport, Tensor, Traffic};
 use longspan_conformance::host;
 use safetensors::tensor::Dtype;
 
@@ -19,6 +19,17 @@ pub struct Results {
     pub gradients: Option<Gradients>,
     /// Figures by rank.
     pub ranks: Vec<RankFigures>,
+    /// What the ranks did when, where it was wanted.
+    pub recorded: Option<Recorded>,
+}
+
+/// What the ranks did when.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// Reports by rank.
+    pub reports: Vec<DeviceReport>,
+    /// Messages that each rank sent in the forward and in the backward.
+    pub traffic: Vec<[Vec<Traffic>; 2]>,
 }
 
 /// Gathered gradients.
@@ -134,7 +145,7 @@ mod tests {
     fn lse_is_turned_to_batch_heads_seq() {
         let lse = Tensor::from_f32(DType::F32, [1, 2, 3, 1], &[0.0, 1.0, 2.0, 10.0, 11.0, 12.0]).expect("six");
         let out = Tensor::from_f32(DType::F32, [1, 2, 3, 1], &[0.0; 6]).expect("six");
-        let results = Results { out, lse, gradients: None, ranks: vec![] };
+        let results = Results { out, lse, gradients: None, ranks: vec![], recorded: None };
         let encoded = results.encode();
         let entries = results.entries(&encoded);
         assert_eq!(entries[1].shape, [1, 3, 2]);

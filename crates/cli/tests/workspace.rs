@@ -205,3 +205,22 @@ fn list(value: &Value) -> &Vec<Value> {
 fn word(value: &Value) -> &str {
     value.as_str().expect("a word")
 }
+
+#[test]
+fn the_docs_show_what_the_program_draws() {
+    let docs = read("docs/README.md");
+    let commands: Vec<&str> = docs.lines().filter(|line| line.starts_with("longspan layout ")).collect();
+    assert!(commands.len() >= 3, "{commands:?}");
+    let folder = tempfile::tempdir().expect("a folder");
+    for command in commands {
+        let (words, path) = command.split_once(" --svg ").expect("a picture");
+        let drawn = folder.path().join("drawn.svg");
+        let mut program = Command::new(env!("CARGO_BIN_EXE_longspan"));
+        program.args(words.split_whitespace().skip(1)).arg("--svg").arg(&drawn);
+        assert!(program.output().expect("the program starts").status.success(), "{command}");
+        assert!(docs.contains(&format!("]({})", path.trim_start_matches("docs/"))), "{path} is shown");
+        assert!(std::fs::read_to_string(&drawn).expect("written") == read(path), "{path} is old; run `{command}`");
+    }
+    let timeline = read("docs/timeline.svg");
+    roxmltree::Document::parse(&timeline).expect("well-formed");
+}

@@ -37,6 +37,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod clock;
 mod engine;
 mod processes;
 mod ranks;
@@ -45,6 +46,7 @@ mod select;
 mod tensor;
 
 pub use cache::{KernelCache, clear_kernel_caches, kernel_caches};
+pub use clock::align;
 pub use engine::{DeviceReport, Engine, Extra, Forwarded, Gradients, SpanReport};
 pub use longspan_hal::{
     Caps, DType, DeviceInfo, Error, Extent, Finding, KernelClass, Memory, Peak, Result, Step, Transport,
