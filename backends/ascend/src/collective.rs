@@ -1,23 +1,19 @@
 //! The communicator: data through HCCL, everything else through the group's board.
 
 use std::ffi::c_void;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ascendcl_sys::{HcclComm, HcclDataType, HcclRootInfo, HcclSendRecvItem};
 use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, View};
+use longspan_peers::{Board, Fields, Member, Place, Reach, Reader, judge, offer};
 
-use crate::board;
 use crate::context::{Context, check_hccl, lock, start};
 use crate::exchange::{AllToAll, AscendExchange, messages};
-use crate::group::Member;
-use crate::matching::{judge, offer};
 use crate::memory::AscendBuffer;
 use crate::stream::Kept;
 use crate::watch::Watch;
-use crate::wire::Fields;
 use crate::{AscendDevice, AscendEvent, AscendStream};
 
 const ROOT: usize = size_of::<HcclRootInfo>();
@@ -62,13 +58,13 @@ impl AscendCollective {
         let mut root = Box::new(HcclRootInfo { internal: [0; ROOT] });
         // SAFETY: the pointer is valid for the write.
         check_hccl("HcclGetRootInfo", unsafe { (context.api.hccl.HcclGetRootInfo)(&mut *root) })?;
-        let address = board::serve().map_err(|e| Error::Unavailable {
+        let place = Board::open(Reach::Host).map_err(|e| Error::Unavailable {
             library: "the progress board".into(),
             why: format!("no socket could be opened: {e}"),
             how_to_get_it: "set LONGSPAN_ADDRESS to an address of this host that all ranks reach".into(),
         })?;
         let mut bytes: Vec<u8> = root.internal.iter().map(|&c| c as u8).collect();
-        bytes.extend(address.to_string().as_bytes());
+        bytes.extend(place.to_bytes());
         Ok(GroupId(bytes))
     }
 
@@ -81,9 +77,9 @@ impl AscendCollective {
             return Err(Error::invalid("rank", format!("rank {rank} of a group of {size}")));
         }
         let bad = || Error::invalid("group id", "it was not made by the ascend backend");
-        let (root, address) = id.0.split_at_checked(ROOT).ok_or_else(bad)?;
-        let address: SocketAddr = std::str::from_utf8(address).ok().and_then(|a| a.parse().ok()).ok_or_else(bad)?;
-        let member = Arc::new(Member::join(address, rank, size, limit)?);
+        let (root, place) = id.0.split_at_checked(ROOT).ok_or_else(bad)?;
+        let place = Place::from_bytes(place).map_err(|_| bad())?;
+        let member = Arc::new(Member::join(&place, rank, size, limit)?);
         let context = &device.0.context;
         let comm = if size == 1 { None } else { Some(Arc::new(Comm::new(context, root, rank, size)?)) };
         let no_thread = |e: std::io::Error| Error::Unavailable {
@@ -189,7 +185,7 @@ impl Collective<AscendDevice> for AscendCollective {
         let offers = self.member.agree("window", &mine)?;
         let buffer = buffer?;
         for offer in &offers {
-            let mut fields = crate::wire::Reader(offer);
+            let mut fields = Reader(offer);
             if let (Ok(0), Ok(wanted), Ok(free)) = (fields.number(), fields.number(), fields.number()) {
                 return Err(Error::OutOfMemory { wanted, free });
             }
@@ -245,7 +241,7 @@ impl Collective<AscendDevice> for AscendCollective {
         }
         let mut ids = Vec::new();
         for offer in &offers {
-            let mut fields = crate::wire::Reader(offer);
+            let mut fields = Reader(offer);
             let (Ok(theirs), Ok(id)) = (fields.bytes(), fields.bytes()) else { return wrong("an offer can't be read") };
             if theirs != list.0 {
                 return wrong("the ranks named different members");

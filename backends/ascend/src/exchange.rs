@@ -15,8 +15,9 @@ use longspan_hal::{DType, Device, Error, Extent, P2p, Result, Strided, View, che
 
 use ascendcl_sys::{HcclDataType, HcclSendRecvItem, HcclSendRecvType};
 
+use longspan_peers::Message;
+
 use crate::copy::{Place, on_device};
-use crate::matching::Message;
 use crate::memory::AscendBuffer;
 use crate::stream::StreamState;
 use crate::{AscendDevice, AscendStream};

@@ -24,7 +24,10 @@ Start with:
   longspan doctor
   longspan run --synthetic 1,2048,8,2,64 --mask causal --layout zigzag --ring 4 --backward --verify
   longspan layout --seq 64 --ulysses 2 --ring 2 --layout zigzag --mask causal
-  longspan bench --seq 4096 --sweep S --html bench.html"
+  longspan bench --seq 4096 --sweep S --html bench.html
+
+Ranks are threads, or with a backend such as mpi the processes that a launcher started:
+  mpirun -n 4 longspan run --backend mpi --synthetic 1,2048,8,2,64 --ulysses 2 --ring 2 --verify"
 )]
 pub struct Args {
     /// What to do.
@@ -47,6 +50,13 @@ pub enum Command {
     Layout(LayoutArgs),
     /// Run attention over ranks, forward and backward, and verify the result
     Run(Box<Run>),
+    /// Keep the board of a job whose ranks are processes; process 0 starts it by itself
+    #[command(hide = true)]
+    Witness {
+        /// Ranks are on other hosts too
+        #[arg(long)]
+        network: bool,
+    },
 }
 
 /// `longspan run`.
@@ -342,9 +352,9 @@ pub struct Conformance {
     /// Run only cases whose name contains this
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,
-    /// The most ranks that a case may use
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=8))]
-    pub ranks: u32,
+    /// The most ranks that a case may use [default: 8, or as many as there are processes]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub ranks: Option<u32>,
     /// Seed of the cases' random choices
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub seed: u64,

@@ -15,6 +15,14 @@ pub fn check(selector: &str) -> Result<()> {
     if have.contains(&name) {
         return Ok(());
     }
+    if name == "mpi" {
+        return Err(Failure::Input(
+            "this build has no MPI: build with `--features mpi`. That needs an MPI and libclang: apt install libopenmpi-dev \
+             openmpi-bin libclang-dev, or pip install mpich libclang and set MPICC, LIBCLANG_PATH and LD_LIBRARY_PATH to what they \
+             brought"
+                .into(),
+        ));
+    }
     Err(Failure::Input(format!(
         "unknown backend `{name}`: this build has {}. Every other backend is a cargo feature of the crate `longspan`; \
          `longspan doctor` shows what it needs on this machine",
@@ -56,6 +64,7 @@ pub fn what(name: &str) -> &'static str {
         "cpu-ascend-like" => "the same with Ascend's habits: no partials in bf16 and f16, blocking rendezvous",
         "cpu-checked" => "the same, and every access is checked for a missing order",
         "cpu-nccl-like" => "the same with NCCL's habits: packs what it sends, arrives late",
+        "mpi" => "the CPU, with the processes of an MPI job as ranks: mpirun -n 4 longspan run --backend mpi ...",
         "cpu-push" => "the same with senders that write into the receivers' windows",
         "cuda" => "NVIDIA GPUs: ranks are threads of this process, on devices of their own or on shared ones",
         "rocm" => "AMD GPUs: ranks are threads of this process, on devices of their own or on shared ones",

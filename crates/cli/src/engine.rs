@@ -5,10 +5,12 @@ use std::time::Duration;
 use longspan::{
     DeviceReport, Engine, Error, Extra, Forwarded, Gradients as Shards, Layout, Problem, Tensor, Traffic, Work,
 };
+use longspan_peers::{Fields, Reader};
 
 use crate::failure::{Failure, Result};
 use crate::fault::Fault;
 use crate::job::Job;
+use crate::processes;
 use crate::results::{Gradients, RankFigures, Recorded, Results};
 
 /// Runs `job` on the backend that `selector` names, a thread a rank; `limit` bounds every wait for another rank. With
@@ -22,13 +24,72 @@ pub fn run(job: &Job, selector: &str, limit: Duration, fault: Option<Fault>, rec
     gather(job, done(ranks)?, recorded)
 }
 
+/// Collective: runs this process's rank of `job`; the results of all, on process 0, without what they did when.
+///
+/// # Errors
+/// As [`run`], the same on every process; a process that lost the others keeps its own.
+pub fn run_part(
+    job: &Job,
+    processes: &processes::Job,
+    selector: &str,
+    limit: Duration,
+    fault: Option<Fault>,
+) -> Result<Option<Results>> {
+    let own = processes.processes.on_rank(selector, job.mesh(), limit, |engine| rank(job, engine, fault, false));
+    let own = processes.together("run", own.map_err(Failure::from))?;
+    let all = processes.gather("results", own.to_bytes())?;
+    if !processes.leads() {
+        return Ok(None);
+    }
+    let all = all.iter().map(|bytes| Rank::from_bytes(bytes)).collect::<longspan::Result<Vec<_>>>()?;
+    gather(job, all, false).map(Some)
+}
+
 /// What one rank gives back.
+#[derive(Debug)]
 struct Rank {
     forward: Forwarded,
     gradients: Option<Shards>,
     figures: RankFigures,
-    report: DeviceReport,
-    traffic: [Vec<Traffic>; 2],
+    /// What it did when, and what it sent, where that is wanted.
+    recorded: Option<(DeviceReport, [Vec<Traffic>; 2])>,
+}
+
+impl Rank {
+    /// For process 0.
+    fn to_bytes(&self) -> Vec<u8> {
+        let Self { forward, gradients, figures, recorded: _ } = self;
+        let mut said = figures.numbers().into_iter().fold(Fields::default(), Fields::number);
+        for tensor in [&forward.out, &forward.lse] {
+            said = said.bytes(&tensor.to_bytes());
+        }
+        let Some(Shards { dq, dk, dv, dsinks, .. }) = gradients else { return said.number(0).0 };
+        said = [dq, dk, dv].into_iter().fold(said.number(1), |f, tensor| f.bytes(&tensor.to_bytes()));
+        let sinks = dsinks.as_ref().map_or(&[][..], Vec::as_slice);
+        let said = said.number(u64::from(dsinks.is_some())).number(sinks.len() as u64);
+        sinks.iter().fold(said, |f, x| f.number(u64::from(x.to_bits()))).0
+    }
+
+    fn from_bytes(bytes: &[u8]) -> longspan::Result<Self> {
+        let mut fields = Reader(bytes);
+        let unreadable = |_| Error::invalid("results", "those of another process can't be read");
+        let mut numbers = [0; RankFigures::NUMBERS];
+        for number in &mut numbers {
+            *number = fields.number().map_err(unreadable)?;
+        }
+        let tensor = |fields: &mut Reader<'_>| Tensor::from_bytes(fields.bytes().map_err(unreadable)?);
+        let forward = Forwarded { out: tensor(&mut fields)?, lse: tensor(&mut fields)?, joint: None };
+        let gradients = if fields.number().map_err(unreadable)? == 1 {
+            let [dq, dk, dv] = [tensor(&mut fields)?, tensor(&mut fields)?, tensor(&mut fields)?];
+            let (some, count) = (fields.number().map_err(unreadable)? == 1, fields.number().map_err(unreadable)?);
+            let sinks = (0..count).map(|_| Ok(f32::from_bits(fields.number().map_err(unreadable)? as u32)));
+            let sinks = sinks.collect::<longspan::Result<Vec<_>>>()?;
+            Some(Shards { dq, dk, dv, joint: None, dsinks: some.then_some(sinks) })
+        } else {
+            None
+        };
+        Ok(Self { forward, gradients, figures: RankFigures::of(numbers), recorded: None })
+    }
 }
 
 fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>, recorded: bool) -> longspan::Result<Rank> {
@@ -57,7 +118,7 @@ fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>, recorded: bool
     let backward = if job.dout.is_some() { plan.traffic(true)? } else { Vec::new() };
     let traffic = [plan.traffic(false)?, backward];
     let figures = figures(q_layout.rows(rank), &report, &traffic, workspace.total() as u64);
-    Ok(Rank { forward, gradients, figures, report, traffic })
+    Ok(Rank { forward, gradients, figures, recorded: recorded.then_some((report, traffic)) })
 }
 
 fn problem(job: &Job) -> Problem {
@@ -121,7 +182,7 @@ fn gather(job: &Job, ranks: Vec<Rank>, recorded: bool) -> Result<Results> {
         gradients,
         ranks: ranks.iter().map(|rank| rank.figures).collect(),
         recorded: recorded.then(|| {
-            let (reports, traffic) = ranks.into_iter().map(|rank| (rank.report, rank.traffic)).unzip();
+            let (reports, traffic) = ranks.into_iter().filter_map(|rank| rank.recorded).unzip();
             Recorded { reports, traffic }
         }),
     })

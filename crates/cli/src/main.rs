@@ -18,6 +18,7 @@ mod job;
 mod layout;
 mod output;
 mod picture;
+mod processes;
 mod progress;
 mod record;
 mod report;
@@ -43,11 +44,14 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Layout(args) => layout::layout(&args),
         Command::Run(args) => run::run(&args),
+        Command::Witness { network } => processes::keep_board(network),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            if !matches!(failure, failure::Failure::Said(_)) {
+                eprintln!("error: {failure}");
+            }
             failure.exit_code()
         }
     }

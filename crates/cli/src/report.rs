@@ -1,6 +1,7 @@
 //! Tables for stdout, and numbers as people read them.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::failure::{Failure, Result};
@@ -58,11 +59,21 @@ impl Table {
     }
 }
 
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Nothing is said from now on: another process of the job does.
+pub fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
 /// Writes to stdout. A reader that went away (`| head`) is no failure.
 ///
 /// # Errors
 /// [`Failure::Run`] if stdout can't be written.
 pub fn say(text: &str) -> Result<()> {
+    if SILENT.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Run(format!("stdout: {e}"))),

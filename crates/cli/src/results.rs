@@ -64,6 +64,24 @@ pub struct RankFigures {
     pub predicted: u64,
 }
 
+impl RankFigures {
+    /// How many numbers there are.
+    pub const NUMBERS: usize = 7;
+
+    /// All of them, for another process; times in nanoseconds.
+    pub fn numbers(&self) -> [u64; Self::NUMBERS] {
+        let Self { rows, compute, exchange, sent, table, peak, predicted } = *self;
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        [rows as u64, nanos(compute), nanos(exchange), sent, table, peak, predicted]
+    }
+
+    /// Those that [`RankFigures::numbers`] gave.
+    pub fn of([rows, compute, exchange, sent, table, peak, predicted]: [u64; Self::NUMBERS]) -> Self {
+        let [compute, exchange] = [compute, exchange].map(Duration::from_nanos);
+        Self { rows: rows as usize, compute, exchange, sent, table, peak, predicted }
+    }
+}
+
 /// The bytes of lse and dsinks as they stand in a file.
 #[derive(Clone, Debug)]
 pub struct Encoded {
@@ -115,6 +133,13 @@ fn entry<'a>(name: &'static str, tensor: &'a Tensor) -> Entry<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_come_back_from_their_numbers() {
+        let figures = RankFigures::of([1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!((figures.rows, figures.exchange, figures.predicted), (1, Duration::from_nanos(3), 7));
+        assert_eq!(RankFigures::of(figures.numbers()), figures);
+    }
 
     #[test]
     fn lse_is_turned_to_batch_heads_seq() {

@@ -10,11 +10,12 @@ use crate::args::Run;
 use crate::failure::{Failure, Result};
 use crate::job::Job;
 use crate::picture::timeline;
+use crate::processes::together;
 use crate::record::Record;
 use crate::report::say;
 use crate::results::{Recorded, Results};
 use crate::verify::{self, Verdict};
-use crate::{backends, engine, output, progress, report, trace};
+use crate::{backends, engine, output, processes, progress, report, trace};
 
 /// Runs attention as the command line says.
 ///
@@ -24,21 +25,60 @@ use crate::{backends, engine, output, progress, report, trace};
 pub fn run(args: &Run) -> Result<()> {
     backends::check(&args.backend)?;
     backends::choose(&args.backend, args.exchange, args.kernel)?;
-    check_outputs(args)?;
-    let job = Job::new(args)?;
-    if args.verify {
-        verify::check_inputs(&job)?;
-    }
+    processes::within(&args.backend, |job| run_in(args, job))
+}
+
+fn run_in(args: &Run, processes: Option<&processes::Job>) -> Result<()> {
+    let job = together(processes, "checks", check_all(args, processes))?;
     say(&title(args, &job))?;
     let spinner = progress::spinner("running");
     let start = Instant::now();
-    let recorded = args.trace.is_some() || args.timeline.is_some();
-    let results = engine::run(&job, &args.backend, Duration::from_secs(args.limit), args.fault, recorded);
+    let limit = Duration::from_secs(args.limit);
+    let results = match processes {
+        Some(processes) => engine::run_part(&job, processes, &args.backend, limit, args.fault),
+        None => engine::run(&job, &args.backend, limit, args.fault, recorded(args)).map(Some),
+    };
     spinner.finish_and_clear();
-    let results = results?;
-    say(&ranks(&results, start.elapsed()))?;
+    let took = start.elapsed();
+    let told = match results? {
+        Some(results) => tell(args, &job, results, took),
+        // Process 0 has them all.
+        None => Ok(()),
+    };
+    together(processes, "verdict", told)
+}
+
+/// Whether times of the ranks are wanted.
+fn recorded(args: &Run) -> bool {
+    args.trace.is_some() || args.timeline.is_some()
+}
+
+/// Every check that needs no run.
+fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
+    if processes.is_none_or(processes::Job::leads) {
+        check_outputs(args)?;
+    }
+    let job = Job::new(args)?;
+    if let Some(processes) = processes {
+        processes.processes.check(job.mesh())?;
+        if recorded(args) {
+            return Err(Failure::input(
+                "--trace and --timeline",
+                "they are for ranks that are threads; leave them out, or take the backend `cpu`",
+            ));
+        }
+    }
     if args.verify {
-        check(&job, &results)?;
+        verify::check_inputs(&job)?;
+    }
+    Ok(job)
+}
+
+/// Prints, verifies and writes the results.
+fn tell(args: &Run, job: &Job, results: Results, took: Duration) -> Result<()> {
+    say(&ranks(&results, took))?;
+    if args.verify {
+        check(job, &results)?;
     }
     if let Some(path) = &args.output {
         let encoded = results.encode();
@@ -47,7 +87,7 @@ pub fn run(args: &Run) -> Result<()> {
         let names: Vec<&str> = entries.iter().map(|entry| entry.name).collect();
         say(&format!("\nWrote {} to {}\n", names.join(", "), path.display()))?;
     }
-    pictures(args, &job, results)
+    pictures(args, job, results)
 }
 
 /// Checks every output, and that no two are one.

@@ -6,22 +6,33 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Crates of ours, and which of ours each may depend on; dev-dependencies may go further (see [`dev_only`]).
-const MAY: [(&str, &[&str]); 15] = [
+const MAY: [(&str, &[&str]); 17] = [
     ("ascendcl-sys", &["longspan-dylib", "longspan-hal"]),
     (
         "longspan",
-        &["longspan-ascend", "longspan-cpu", "longspan-cuda", "longspan-hal", "longspan-rocm", "longspan-seqpar"],
+        &[
+            "longspan-ascend",
+            "longspan-cpu",
+            "longspan-cuda",
+            "longspan-hal",
+            "longspan-mpi",
+            "longspan-peers",
+            "longspan-rocm",
+            "longspan-seqpar",
+        ],
     ),
-    ("longspan-ascend", &["ascendcl-sys", "longspan-hal"]),
+    ("longspan-ascend", &["ascendcl-sys", "longspan-hal", "longspan-peers"]),
     ("longspan-ascend-emulator", &[]),
-    ("longspan-cli", &["longspan", "longspan-conformance", "longspan-hal", "longspan-seqpar"]),
-    ("longspan-conformance", &["longspan", "longspan-hal", "longspan-seqpar"]),
+    ("longspan-cli", &["longspan", "longspan-conformance", "longspan-hal", "longspan-peers", "longspan-seqpar"]),
+    ("longspan-conformance", &["longspan", "longspan-hal", "longspan-peers", "longspan-seqpar"]),
     ("longspan-cpu", &["longspan-hal"]),
     ("longspan-cuda", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
     ("longspan-dylib", &["longspan-hal"]),
     ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels"]),
     ("longspan-hal", &[]),
     ("longspan-kernels", &["longspan-hal"]),
+    ("longspan-mpi", &["longspan-cpu", "longspan-hal", "longspan-peers"]),
+    ("longspan-peers", &["longspan-hal"]),
     ("longspan-rocm", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
     ("longspan-rocm-emulator", &[]),
     ("longspan-seqpar", &["longspan-hal"]),
@@ -60,11 +71,11 @@ fn dependencies_go_in_the_right_direction() {
 /// Tests may use backends and the suite, but nothing above themselves.
 fn dev_only(name: &str, on: &str) -> bool {
     match on {
-        "longspan" => name == "longspan-cuda",
-        "longspan-ascend-emulator" => name == "longspan-ascend",
+        "longspan" => ["longspan-conformance", "longspan-cuda", "longspan-mpi"].contains(&name),
+        "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
+        "longspan-ascend-emulator" | "longspan-seqpar" => name == "longspan-ascend",
         "longspan-rocm-emulator" => name == "longspan-rocm",
         "longspan-conformance" => name != "longspan-hal",
-        "longspan-seqpar" => name == "longspan-ascend",
         "longspan-cpu" => ["longspan-conformance", "longspan-seqpar", "longspan-cli"].contains(&name),
         _ => false,
     }

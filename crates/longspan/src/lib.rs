@@ -31,6 +31,7 @@
 //! }
 //! ```
 //!
+//! - [`Processes`] is the same for ranks that are processes, which `mpirun` or `torchrun` started on any number of hosts.
 //! - `longspan_seqpar::Usp` works on device views of one backend, on the caller's stream: what a framework embeds.
 //! - `longspan_hal` has the traits that a new backend implements.
 #![forbid(unsafe_code)]
@@ -38,6 +39,7 @@
 mod cache;
 mod clock;
 mod engine;
+mod processes;
 mod ranks;
 mod resident;
 mod select;
@@ -49,7 +51,9 @@ pub use engine::{DeviceReport, Engine, Extra, Forwarded, Gradients, SpanReport};
 pub use longspan_hal::{
     Caps, DType, DeviceInfo, Error, Extent, Finding, KernelClass, Memory, Peak, Result, Step, Transport,
 };
+pub use longspan_peers::{Board, Lost, Place, Reach};
 pub use longspan_seqpar::{Bytes, Coords, Documents, Layout, Mask, Mesh, Placement, Plan, Problem, Run, Traffic, Work};
+pub use processes::{Processes, in_group};
 pub use ranks::{DEFAULT_LIMIT, on_devices, on_ranks, on_ranks_within, spawn};
 pub use resident::Pass;
 pub use select::{Visit, backends, devices, findings, select, set_kernels, set_transport};

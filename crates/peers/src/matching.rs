@@ -11,10 +11,14 @@ use crate::wire::{Fields, Reader};
 
 /// One message as its rank declared it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Message {
+pub struct Message {
+    /// Whether this rank receives it.
     pub receives: bool,
+    /// The other rank.
     pub peer: u32,
+    /// Element type.
     pub dtype: DType,
+    /// Sizes of the axes.
     pub extent: Extent,
 }
 
@@ -26,7 +30,7 @@ impl Message {
 }
 
 /// An offer: messages, or why this rank has none.
-pub(crate) fn offer(messages: &Result<Vec<Message>>) -> Fields {
+pub fn offer(messages: &Result<Vec<Message>>) -> Fields {
     match messages {
         Err(error) => Fields::default().number(0).bytes(error.to_string().as_bytes()),
         Ok(messages) => messages.iter().fold(Fields::default().number(1), |fields, m| {
@@ -62,8 +66,11 @@ fn parse(offer: &[u8]) -> std::io::Result<std::result::Result<Vec<Message>, Stri
     Ok(Ok(messages))
 }
 
-/// Judges the offers of all ranks; whether every rank sends bytes to every other one.
-pub(crate) fn judge(offers: &[Vec<u8>]) -> Result<bool> {
+/// Judges the [`offer`]s of all ranks; whether every rank sends bytes to every other one.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the message that does not fit, the same on every rank.
+pub fn judge(offers: &[Vec<u8>]) -> Result<bool> {
     let wrong = |why: String| Err(Error::invalid("exchange", why));
     let mut all = Vec::new();
     for (rank, offer) in offers.iter().enumerate() {
