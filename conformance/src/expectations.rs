@@ -17,7 +17,7 @@ use longspan_hal::{Error, Result};
 use serde::Deserialize;
 
 /// The lists of the backends of this workspace, by [`longspan_hal::Backend::NAME`].
-const BUILT_IN: [(&str, &str); 10] = [
+const BUILT_IN: &[(&str, &str)] = &[
     ("ascend", include_str!("../expectations/ascend.toml")),
     ("ascend-fused", include_str!("../expectations/ascend-fused.toml")),
     ("cpu", include_str!("../expectations/cpu.toml")),
