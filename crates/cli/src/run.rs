@@ -87,7 +87,7 @@ fn tell(args: &Run, job: &Job, results: Results, took: Duration) -> Result<()> {
         let names: Vec<&str> = entries.iter().map(|entry| entry.name).collect();
         say(&format!("\nWrote {} to {}\n", names.join(", "), path.display()))?;
     }
-    pictures(args, &job, results)
+    pictures(args, job, results)
 }
 
 /// Checks every output, and that no two are one.
