@@ -7,7 +7,7 @@
 //! | exchange | `MPI_Irecv`, `MPI_Issend`; small strided blocks as derived datatypes, large ones packed |
 //! | progress while attention computes | the stream's own thread tests the requests, and naps between |
 //! | matching, progress board, loss of a peer | `longspan-peers`, a TCP star beside MPI, whose errors name no rank |
-//! | start of a job | [`world`], [`broadcast`]: also for backends that only want to hand out their group's id |
+//! | start of a job | `world`, `broadcast`: also for backends that only want to hand out their group's id |
 //!
 //! | file | concept |
 //! |---|---|
