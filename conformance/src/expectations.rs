@@ -17,8 +17,9 @@ use longspan_hal::{Error, Result};
 use serde::Deserialize;
 
 /// The lists of the backends of this workspace, by [`longspan_hal::Backend::NAME`].
-const BUILT_IN: [(&str, &str); 8] = [
+const BUILT_IN: &[(&str, &str)] = &[
     ("ascend", include_str!("../expectations/ascend.toml")),
+    ("ascend-fused", include_str!("../expectations/ascend-fused.toml")),
     ("cpu", include_str!("../expectations/cpu.toml")),
     ("cpu-ascend-like", include_str!("../expectations/cpu-ascend-like.toml")),
     ("cpu-checked", include_str!("../expectations/cpu-checked.toml")),
@@ -26,6 +27,7 @@ const BUILT_IN: [(&str, &str); 8] = [
     ("cpu-push", include_str!("../expectations/cpu-push.toml")),
     ("cuda", include_str!("../expectations/cuda.toml")),
     ("rocm", include_str!("../expectations/rocm.toml")),
+    ("mpi", include_str!("../expectations/mpi.toml")),
 ];
 
 /// The TOML text for a backend of this workspace; empty for others.

@@ -4,12 +4,15 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use longspan_hal::Error;
+use longspan_peers::{Fields, Member, Place};
+
 use crate::Failure;
 
 /// Bytes of every rank, in rank order.
 pub type Shares = Arc<Vec<Vec<u8>>>;
 
-/// Host-side gather of one team. Threads share memory; processes bring their own.
+/// Host-side gather of one team.
 pub trait Gather: Send + Sync {
     /// Collective: hands in `bytes`; every rank gets those of all ranks.
     ///
@@ -80,6 +83,34 @@ impl Gather for SharedMemory {
     fn give_up(&self, rank: u32) {
         self.lock().lost.get_or_insert(rank);
         self.changed.notify_all();
+    }
+}
+
+/// [`Gather`] of processes: a group of its own on the host side.
+#[derive(Debug)]
+pub struct OnBoard(Member);
+
+impl OnBoard {
+    /// Collective: joins the board at `place` as `rank` of `size`.
+    ///
+    /// # Errors
+    /// Those of [`Member::join`].
+    pub fn join(place: &Place, rank: u32, size: u32, limit: Duration) -> Result<Self, Failure> {
+        Ok(Self(Member::join(place, rank, size, limit)?))
+    }
+}
+
+impl Gather for OnBoard {
+    fn share(&self, _rank: u32, bytes: Vec<u8>, _limit: Duration) -> Result<Shares, Failure> {
+        match self.0.agree("gather", &Fields(bytes)) {
+            Ok(all) => Ok(Arc::new(all)),
+            Err(Error::PeerLost { rank, .. }) => Err(Failure::lost(rank)),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    fn give_up(&self, _rank: u32) {
+        self.0.abort();
     }
 }
 

@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use longspan_hal::{Backend, Collective, DType, Device, Error, Extent, Step, Strided, View, ViewMut};
+use longspan_hal::{Backend, Collective, DType, Device, DeviceInfo, Error, Extent, Step, Strided, View, ViewMut};
 use longspan_seqpar::Member;
 use ndarray::Array4;
 
@@ -148,6 +148,10 @@ pub struct Rank<B: Backend> {
     pub stream: Stream<B>,
     /// What bounds every wait.
     pub limit: Duration,
+    /// The device that it opened.
+    pub info: DeviceInfo,
+    /// Whether every rank is a process of its own.
+    pub processes: bool,
     pub(crate) gather: Arc<dyn Gather>,
     pub(crate) steps: Arc<Steps>,
     pub(crate) seed: u64,

@@ -1,8 +1,10 @@
 //! Runs the table of cases against one backend and judges what came out.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use longspan::Processes;
 use longspan_hal::{Backend, DeviceInfo, Error, Result};
 
 use crate::cases::{Case, Tier, table};
@@ -28,6 +30,9 @@ pub struct Options {
     pub devices: Vec<DeviceInfo>,
     /// The name in the report; empty means the backend's.
     pub name: String,
+    /// The processes of this job, if each is one rank; otherwise ranks are threads. Every process runs the suite with the same
+    /// options and gets the same report; a case of fewer ranks leaves the last processes idle.
+    pub processes: Option<Arc<Processes>>,
     /// Whether several ranks may sit on one device. Without it a case with more ranks than devices finds no machine.
     pub share_devices: bool,
     /// What bounds every wait for a peer or a stream; a case as a whole may take six times as long.
@@ -48,6 +53,7 @@ impl Default for Options {
             expectations: String::new(),
             devices: Vec::new(),
             name: String::new(),
+            processes: None,
             share_devices: true,
             limit: Duration::from_secs(20),
             machine: String::new(),
@@ -59,11 +65,11 @@ impl Default for Options {
 /// Runs the suite against `B`. `progress` hears of every case as it ends, with the number of cases done and of all.
 ///
 /// # Errors
-/// [`Error::Invalid`] for options that can't be: ranks out of 1..=8, unreadable expectations. What a
-/// backend does wrong is in the report.
+/// [`Error::Invalid`] for options that can't be: ranks out of 1..=8 or more than there are processes, unreadable expectations;
+/// [`Error::PeerLost`] if a process died. What a backend does wrong is in the report.
 pub fn run<B: Backend>(options: &Options, progress: &mut dyn FnMut(&CaseReport, usize, usize)) -> Result<Report> {
     let name = if options.name.is_empty() { B::NAME } else { &options.name };
-    run_cases(options, table::<B>(name, options.seed), progress)
+    run_cases(options, table::<B>(name, options.seed, options.processes.is_some()), progress)
 }
 
 /// [`run`] with a table of the caller's: what planted-fault tests and a backend's own cases use.
@@ -78,6 +84,14 @@ pub fn run_cases<B: Backend>(
     if !(1..=8).contains(&options.ranks) {
         return Err(Error::invalid("ranks", format!("{} is not in 1..=8", options.ranks)));
     }
+    if let Some(p) = options.processes.as_ref().filter(|p| p.size() < options.ranks) {
+        let why = format!(
+            "{} ranks are asked for, and the job has {} processes: start more, or ask for fewer",
+            options.ranks,
+            p.size()
+        );
+        return Err(Error::invalid("ranks", why));
+    }
     let expectations = Expectations::parse(&options.expectations)?;
     let names: Vec<&str> = table.iter().map(|c| c.name.as_str()).collect();
     let mut problems: Vec<String> =
@@ -87,7 +101,7 @@ pub fn run_cases<B: Backend>(
         problems.push("no case was selected".into());
     }
     let machine = Machine::of::<B>(options);
-    let cases = run_all(options, &expectations, &machine, &cases, progress);
+    let cases = run_all(options, &expectations, &machine, &cases, progress)?;
     let name = if options.name.is_empty() { B::NAME } else { &options.name };
     let required = std::env::var("LONGSPAN_REQUIRE").is_ok_and(|r| r.split(',').any(|n| n.trim() == B::NAME));
     Ok(Report {
@@ -149,7 +163,7 @@ fn run_all<B: Backend>(
     machine: &Machine,
     cases: &[Case<B>],
     progress: &mut dyn FnMut(&CaseReport, usize, usize),
-) -> Vec<CaseReport> {
+) -> Result<Vec<CaseReport>> {
     let mut order: Vec<usize> = (0..cases.len()).collect();
     order.sort_by_key(|&i| cases[i].ranks);
     let mut reports: BTreeMap<usize, CaseReport> = BTreeMap::new();
@@ -158,7 +172,7 @@ fn run_all<B: Backend>(
         let case = &cases[i];
         let seed = seed_of(options.seed, &case.name);
         let start = Instant::now();
-        let (raw, figures) = run_one(options, machine, case, seed, &mut team);
+        let (raw, figures) = run_one(options, machine, case, seed, &mut team)?;
         let (outcome, message) = judge(expectations.of(&case.name), raw);
         let report = CaseReport {
             name: case.name.clone(),
@@ -173,7 +187,7 @@ fn run_all<B: Backend>(
         progress(&report, n + 1, cases.len());
         reports.insert(i, report);
     }
-    reports.into_values().collect()
+    Ok(reports.into_values().collect())
 }
 
 /// What a case did, before expectations; `Err(None)` means that there is no machine for it.
@@ -194,30 +208,34 @@ fn run_one<B: Backend>(
     case: &Case<B>,
     seed: u64,
     team: &mut Option<Team<B>>,
-) -> (Raw, BTreeMap<String, f64>) {
+) -> Result<(Raw, BTreeMap<String, f64>)> {
     let none = BTreeMap::new();
     let seats = match machine.seats(case.ranks) {
         Ok(seats) => seats,
-        Err(why) => return (Err(RawFailure::NoMachine(why)), none),
+        Err(why) => return Ok((Err(RawFailure::NoMachine(why)), none)),
     };
     let mut ready = match team.take() {
         Some(team) if team.size == case.ranks => team,
         other => {
             drop(other);
-            match Team::launch(&seats, options.limit) {
+            let launched = match &options.processes {
+                Some(processes) => Team::of_processes(processes, &seats, options.limit)?,
+                None => Team::launch(&seats, options.limit),
+            };
+            match launched {
                 Ok(team) => team,
                 Err(Failure::Error(e @ Error::Unavailable { .. })) => {
-                    return (Err(RawFailure::NoMachine(e.to_string())), none);
+                    return Ok((Err(RawFailure::NoMachine(e.to_string())), none));
                 }
-                Err(failure) => return (Err(RawFailure::Case(failure)), none),
+                Err(failure) => return Ok((Err(RawFailure::Case(failure)), none)),
             }
         }
     };
-    let (result, figures) = ready.run(&case.body, seed, options.limit * 6);
+    let (result, figures) = ready.run(&case.body, seed, options.limit * 6)?;
     if result.is_ok() && !case.spends_team {
         *team = Some(ready);
     }
-    (result.map_err(RawFailure::Case), figures)
+    Ok((result.map_err(RawFailure::Case), figures))
 }
 
 /// The outcome of a case that did `raw`, and its message.

@@ -40,6 +40,7 @@ class Driver:
         self.modules, self.cubins = {}, {}
         major, minor = torch.cuda.get_device_capability()
         self.arch = major * 10 + minor
+        self.units = torch.cuda.get_device_properties(0).multi_processor_count
         self.compile_seconds = 0.0
 
     def call(self, name, *args):
@@ -80,8 +81,23 @@ class Driver:
             self.modules[identity] = function
         return self.modules[identity]
 
+    def tensor_map(self, t, rows, columns=64):
+        types = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+        size, b, s, h, d = t.element_size(), *t.shape
+        order, step = [d, s, h, b], [t.stride(i) * size if t.shape[i] > 1 else -(-d * size // 16) * 16 for i in (1, 2, 0)]
+        array = lambda kind, values: (kind * len(values))(*values)
+        raw = (ctypes.c_uint64 * 32)()
+        at = (ctypes.addressof(raw) + 127) // 128 * 128
+        self.call("cuTensorMapEncodeTiled", ctypes.c_void_p(at), types[t.dtype], 4, ctypes.c_void_p(t.data_ptr()),
+                  array(ctypes.c_uint64, order), array(ctypes.c_uint64, step), array(ctypes.c_uint32, [columns, rows, 1, 1]),
+                  array(ctypes.c_uint32, [1, 1, 1, 1]), 0, 3, 3, 0)
+        return ctypes.string_at(at, 128)
+
     def launch(self, function, grid, threads, shared, params):
-        pointer = (ctypes.c_void_p * 1)(ctypes.cast(params, ctypes.c_void_p))
+        raw = ctypes.create_string_buffer(len(params) + 64)  # tensor maps lie at multiples of 64 bytes
+        at = (ctypes.addressof(raw) + 63) // 64 * 64
+        ctypes.memmove(at, params, len(params))
+        pointer = (ctypes.c_void_p * 1)(at)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
         self.call("cuLaunchKernel", function, x, y, 1, threads, 1, 1, shared, stream, pointer, None)
@@ -116,6 +132,7 @@ class Case:
                 parts = [open(f"{self.folder}/c.{kind}.{what}", "rb").read() for what in ("tiles", "pieces")]
                 self.lists[kind] = [torch.frombuffer(bytearray(b or bytes(8)), dtype=torch.uint8).cuda() for b in parts]
         self.functions = {}
+        self.counter = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def number(self, key, default=0):
         return self.spec.get(key, default)
@@ -143,11 +160,21 @@ class Case:
             + struct.pack("<fffI", scale, n("softcap", 1.0), 1 / (1 - drop), below)
         )
 
+    def maps(self, *boxes):
+        """CUtensorMaps of [batch, row, head, dim] tensors of 16-bit elements, each with its box's rows."""
+        return b"".join(self.driver.tensor_map(t, rows) for t, rows in boxes)
+
     def forward(self, q, k, v, out=None, lse=None, partial=None, stage=0, slopes=None, sinks=None, seed=0):
         params = self.problem("forward", slopes, seed)
         params += b"".join(map(tensor, [q, k, v, out, lse, *(partial or [None] * 3)])) + per_head(sinks)
         params += struct.pack("<II", stage, 0)
-        self.launch("forward", self.kernels["forward"].tiles * self.number("heads"), params)
+        kernel = self.kernels["forward"]
+        blocks = kernel.tiles * self.number("heads")
+        if kernel.box_rows:
+            params = self.maps((q, kernel.rows), (k, kernel.box_rows), (v, kernel.box_rows)) + params
+            params += struct.pack("<4Q", self.counter.data_ptr(), 0, 0, 0)
+            blocks = min(blocks, self.driver.units)
+        self.launch("forward", blocks, params)
 
     def prepare(self, out, dout, lse, dlse, delta, sinks=None, dsinks=None):
         batch, rows, heads, dim = out.shape
@@ -160,11 +187,21 @@ class Case:
     def backward(self, q, k, v, dout, lse, delta, dq, dk, dv, add=0, slopes=None, seed=0):
         """dq is f32 and added to by atomics, unless the case has a kernel `dq`."""
         params = b"".join(map(tensor, [q, k, v, dout, lse, delta, dq, dk, dv])) + struct.pack("<II", add, 0)
-        grid = self.kernels["backward"].tiles * self.number("kv_heads")
-        self.launch("backward", grid, self.problem("backward", slopes, seed) + params, "attention_backward")
+        def mapped(kernel, queries, keys, call):
+            sums = self.driver.tensor_map(dq, queries, 32) if "dq" not in self.kernels else bytes(128)
+            return self.maps((q, queries), (k, keys), (v, keys), (dout, queries)) + sums + call + bytes(32)
+
+        kernel = self.kernels["backward"]
+        call = self.problem("backward", slopes, seed) + params
+        if kernel.box_rows:
+            call = mapped(kernel, kernel.box_rows, kernel.rows, call)
+        self.launch("backward", kernel.tiles * self.number("kv_heads"), call, "attention_backward")
         if "dq" in self.kernels:
-            grid = self.kernels["dq"].tiles * self.number("heads")
-            self.launch("dq", grid, self.problem("dq", slopes, seed) + params, "attention_backward_dq")
+            kernel = self.kernels["dq"]
+            call = self.problem("dq", slopes, seed) + params
+            if kernel.box_rows:
+                call = mapped(kernel, kernel.rows, kernel.box_rows, call)
+            self.launch("dq", kernel.tiles * self.number("heads"), call, "attention_backward_dq")
 
     def accumulate(self, into, terms):
         params = tensor(into) + b"".join(map(tensor, terms)) + bytes(32 * (32 - len(terms)))

@@ -1,9 +1,9 @@
-"""Times the kernels against PyTorch's FlashAttention-2 in the same run.
+"""Times the kernels against PyTorch's FlashAttention-2 and cuDNN in the same run.
 
     python3 kernels/bench/speed.py EMIT [out.json] [quick]
 
 bf16, [batch, seq, heads, dim] tensors, random normal data. TFLOP/s of 4 B H S S D operations (half when causal), backward
-2.5x; medians of device-event times, the two sides interleaved. Our backward includes delta, zeroing the f32 dq, and rounding
+2.5x; medians of device-event times, the sides interleaved. Our backward includes delta, zeroing the f32 dq, and rounding
 it, as PyTorch's does.
 """
 
@@ -39,6 +39,7 @@ def times(functions, most):
     for _ in range(most):
         for f, t in zip(functions, taken):
             a, b = torch.cuda.Event(True), torch.cuda.Event(True)
+            torch.cuda._sleep(600_000)  # the queue is full before the clock starts
             a.record()
             f()
             b.record()
@@ -65,6 +66,9 @@ def measure(driver, program, b, h, hk, s, d, causal):
     sums = torch.empty(b, s, h, d, device="cuda")
 
     def backward():
+        if "dq" in case.kernels:
+            case.prepare(out, dout, lse, None, delta)
+            return case.backward(q, k, v, dout, lse, delta, dq, dk, dv)
         case.prepare(out, dout, lse, None, delta)
         sums.zero_()
         case.backward(q, k, v, dout, lse, delta, sums, dk, dv)
@@ -74,36 +78,42 @@ def measure(driver, program, b, h, hk, s, d, causal):
         fixed.prepare(out, dout, lse, None, delta)
         fixed.backward(q, k, v, dout, lse, delta, dq, dk, dv)
 
-    def torch_forward():
-        return F.scaled_dot_product_attention(tq, tk, tv, is_causal=causal, enable_gqa=h != hk)
+    def peer(kind):
+        def forward():
+            with sdpa_kernel(kind):
+                return F.scaled_dot_product_attention(tq, tk, tv, is_causal=causal, enable_gqa=h != hk)
 
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        reference = torch_forward()
-        grads = lambda: torch.autograd.grad(reference, (tq, tk, tv), dout.transpose(1, 2), retain_graph=True)
-        with torch.no_grad():
-            forward = times([torch_forward, lambda: case.forward(q, k, v, out, lse)], 8 if s < 32768 else 4)
-        error = (out.transpose(1, 2).float() - reference.float()).abs().max().item()
-        back = times([grads, backward, backward_fixed], 8 if s < 32768 else 4)
-        backward()
-        wrong = max((a.transpose(1, 2).float() - b.float()).abs().max().item() for a, b in zip((dq, dk, dv), grads()))
+        def forward_only():
+            with torch.no_grad():
+                return forward()
+
+        result = forward()
+        return result, forward_only, lambda: torch.autograd.grad(result, (tq, tk, tv), dout.transpose(1, 2), retain_graph=True)
+
+    (reference, *fa2), (_, *cudnn) = peer(SDPBackend.FLASH_ATTENTION), peer(SDPBackend.CUDNN_ATTENTION)
+    forward = times([fa2[0], cudnn[0], lambda: case.forward(q, k, v, out, lse)], 8 if s < 32768 else 4)
+    error = (out.transpose(1, 2).float() - reference.float()).abs().max().item()
+    back = times([fa2[1], cudnn[1], backward, backward_fixed], 8 if s < 32768 else 4)
+    backward()
+    wrong = max((a.transpose(1, 2).float() - b.float()).abs().max().item() for a, b in zip((dq, dk, dv), fa2[1]()))
     work = 4 * b * h * s * s * d * (0.5 if causal else 1) / 1e12
     row = dict(B=b, H=h, HK=hk, S=s, D=d, causal=causal, out_diff=error, grad_diff=wrong)
-    row |= dict(fa2_fwd=work / forward[0], fwd=work / forward[1], fa2_bwd=2.5 * work / back[0], bwd=2.5 * work / back[1],
-                bwd_deterministic=2.5 * work / back[2])
-    return row
+    row |= {name: work / t for name, t in zip(("fa2_fwd", "cudnn_fwd", "fwd"), forward)}
+    return row | {name: 2.5 * work / t for name, t in zip(("fa2_bwd", "cudnn_bwd", "bwd", "bwd_deterministic"), back)}
 
 
 def main():
     program, rows, driver = sys.argv[1], [], Driver()
     print(torch.cuda.get_device_name(), torch.__version__)
-    print(" B  H HK     S   D mask    fwd  fa2 ratio   bwd  fa2 ratio   det ratio  diff")
+    print(" B  H HK     S   D mask    fwd  fa2 cudnn ratio   bwd  fa2 cudnn ratio   det  diff")
     driver.compile_all([ours(driver, program, 1, 1, 1, 256, d, True, f) for d in (64, 128, 256) for f in (False, True)])
     for shape in shapes("quick" in sys.argv):
         r = measure(driver, program, *shape)
         rows.append(r)
+        better = {way: max(r[f"fa2_{way}"], r[f"cudnn_{way}"]) for way in ("fwd", "bwd")}
         print(f"{r['B']:2} {r['H']:2} {r['HK']:2} {r['S']:5} {r['D']:3} {'causal' if r['causal'] else 'full  '} {r['fwd']:5.0f} "
-              f"{r['fa2_fwd']:4.0f} {r['fwd'] / r['fa2_fwd']:.2f} {r['bwd']:6.0f} {r['fa2_bwd']:4.0f} "
-              f"{r['bwd'] / r['fa2_bwd']:.2f} {r['bwd_deterministic']:5.0f} {r['bwd_deterministic'] / r['fa2_bwd']:.2f} "
+              f"{r['fa2_fwd']:4.0f} {r['cudnn_fwd']:4.0f} {r['fwd'] / better['fwd']:.2f} {r['bwd']:6.0f} {r['fa2_bwd']:4.0f} "
+              f"{r['cudnn_bwd']:4.0f} {r['bwd'] / better['bwd']:.2f} {r['bwd_deterministic']:5.0f} "
               f"{r['out_diff']:.1e} {r['grad_diff']:.1e}", flush=True)
         torch.cuda.empty_cache()
     if len(sys.argv) > 2 and sys.argv[2].endswith(".json"):

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Compiles every kernel specialization with NVRTC, on any CPU, and fails on an error, a warning or a spill of more than 16 bytes.
-(16 bytes: two pointers parked once a block, outside of the products; see kernels/README.md.)
+"""Compiles every kernel specialization with NVRTC, on any CPU, and fails on an error, a warning, a spill of more than 16 bytes, or
+warpgroup products that the compiler serialises. With nvdisasm it looks into the plain Hopper kernels: warpgroup products and bulk
+copies there, local memory not. (16 bytes: two pointers parked once a block, outside of the products; see kernels/README.md.)
 
     pip install nvidia-cuda-nvrtc==13.0.88          # in any environment; or name the library with --nvrtc
     python3 kernels/ci/compile.py [--arch 80,89,90] [--filter TEXT] [--nvrtc PATH] [--jobs N]
@@ -24,15 +25,18 @@ ARCHES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
 ALLOWED_SPILL = 16
 # What still spills, and how much at most; see "What falls short" in kernels/README.md. A spill anywhere else, or a larger one, fails.
 KNOWN_SPILLS = [
+    ({"backward", "HEAD_DIM=128", "HEAD_DIM_V=128", "SOFTCAP=1", "DQ=1", "BLOCK_N=128"}, 176),
+    ({"backward", "HEAD_DIM=128", "HEAD_DIM_V=128", "ALIBI=1", "DQ=1", "BLOCK_N=128"}, 64),
+    ({"backward", "HEAD_DIM=128", "HEAD_DIM_V=128", "DROPOUT=1", "DQ=1", "BLOCK_N=128"}, 64),
     ({"backward", "HEAD_DIM=256", "HEAD_DIM_V=256", "EXACT=0"}, 64),
     ({"backward", "HEAD_DIM=192", "HEAD_DIM_V=128", "DROPOUT=1"}, 120),
 ]
-Kernel = collections.namedtuple("Kernel", "case kind key shared threads rows tiles section entries defines")
+Kernel = collections.namedtuple("Kernel", "case kind key shared threads rows box_rows tiles section entries defines")
 
 
 def parse(line):
-    case, kind, key, shared, threads, rows, tiles, section, entries, *defines = line.split()
-    numbers = [int(x) for x in (shared, threads, rows, tiles, section)]
+    case, kind, key, shared, threads, rows, box_rows, tiles, section, entries, *defines = line.split()
+    numbers = [int(x) for x in (shared, threads, rows, box_rows, tiles, section)]
     return Kernel(case, kind, key, *numbers, entries.split(","), defines)
 
 
@@ -76,16 +80,32 @@ class Nvrtc:
         return cubin, log
 
 
+def machine_code(cubin, disassembler):
+    """What is wrong with a Hopper kernel's machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        code = subprocess.run([disassembler, "-c", f.name], check=True, capture_output=True, text=True).stdout
+    absent = [word for word in ("HGMMA", "UTMALDG", "SYNCS") if word not in code]
+    local = [word for word in ("LDL", "STL") if re.search(rf"\b{word}\b", code)]
+    return [f"no {word}" for word in absent] + [f"{word} there" for word in local]
+
+
+def is_plain(kernel):
+    return kernel.box_rows and {"EXACT=1", "TRANSFORM=0", "DROPOUT=0", "PARTIAL=0"} <= {"PARTIAL=0", *kernel.defines}
+
+
 def check(job):
-    arch, kernel, folder, path = job
+    arch, kernel, folder, path, disassembler = job
     source = open(f"{folder}/{kernel.key}.cu", "rb").read()
     cubin, log = Nvrtc(path).compile(source, kernel.key + ".cu", ARCHES[arch], kernel.defines)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     words = {kernel.kind, *kernel.defines}
     allowed = max([ALLOWED_SPILL] + [most for which, most in KNOWN_SPILLS if which <= words])
-    bad = cubin is None or spills > allowed or "warning" in log
-    return arch, kernel, registers, spills, bad, log if cubin is None or "warning" in log else ""
+    said = cubin is None or "warning" in log or "(C75" in log
+    wrong = machine_code(cubin, disassembler) if cubin and disassembler and is_plain(kernel) and spills == 0 else []
+    return arch, kernel, registers, spills, said or spills > allowed or bool(wrong), (log if said else "") + " ".join(wrong)
 
 
 def emit(arch, folder):
@@ -99,12 +119,13 @@ def main():
     options.add_argument("--arch", default="80,89,90")
     options.add_argument("--filter", default="")
     options.add_argument("--nvrtc")
+    options.add_argument("--nvdisasm")
     options.add_argument("--jobs", type=int, default=2)
     args = options.parse_args()
     failures, count = 0, 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         jobs = [
-            (arch, kernel, folder, args.nvrtc)
+            (arch, kernel, folder, args.nvrtc, args.nvdisasm)
             for arch in map(int, args.arch.split(","))
             for kernel in emit(arch, folder)
             if args.filter in f"{kernel.kind} {' '.join(kernel.defines)}"

@@ -29,10 +29,12 @@ struct Tile {
 };
 
 // Query rows q0..q1 and key rows k0..k1; a pair (r, c) is selected where lo <= c - r <= hi (local rows, not counted from q0
-// and k0). Global positions are q_pos + r * q_step and k_pos + c * k_step.
+// and k0). Global positions are q_pos + r * q_step and k_pos + c * k_step. Query rows q1..q_end and key rows k1..k_end hold
+// numbers, those after them may hold anything.
 struct Piece {
     i32 q0, q1, k0, k1, lo, hi;
-    i64 q_pos, k_pos, q_step, k_step;
+    i64 q_pos, k_pos;
+    i32 q_step, k_step, q_end, k_end;
 };
 
 struct Problem {
@@ -72,12 +74,13 @@ DEVICE Index index_of(u64 i, const u32 (&extent)[4], u32 units) {
 struct Place {
     u32 tile, head;
 };
-DEVICE Place place(const Problem &p, u32 heads) {
-    u32 block = block_index(), per_section = p.section * p.tile_count;
+DEVICE Place place_of(const Problem &p, u32 heads, u32 block) {
+    u32 per_section = p.section * p.tile_count;
     u32 section = block / per_section, rest = block - section * per_section;
     u32 first = section * p.section, size = heads - first < p.section ? heads - first : p.section;
     return {rest / size, first + rest % size};
 }
+DEVICE Place place(const Problem &p, u32 heads) { return place_of(p, heads, block_index()); }
 
 DEVICE u32 kv_head(const Problem &p, u32 head) { return (p.head_first + head) / p.group - p.kv_first; }
 
@@ -108,7 +111,7 @@ DEVICE u32 philox_word(const Dropout &d, u32 query, u32 keys, u32 word) {
 }
 // keep / (1 - p) of local query row r and key row c.
 DEVICE float keep_factor(const Dropout &d, const Piece &s, int r, int c) {
-    i64 q = s.q_pos + r * s.q_step, k = s.k_pos + c * s.k_step;
+    i64 q = s.q_pos + i64(r) * s.q_step, k = s.k_pos + i64(c) * s.k_step;
     return philox_word(d, u32(q), u32(k >> 2), u32(k) & 3u) < d.below ? 0.0f : d.scale;
 }
 #endif
@@ -132,7 +135,7 @@ DEVICE Score score_of(const Problem &p, u32 head) {
 // tanh to about 1e-7 absolutely: 1 - 2 / (1 + e^2x).
 DEVICE float tanh_fast(float x) { return 1.0f - divide_fast(2.0f, 1.0f + exp2_fast(x * (2.0f * LOG2E))); }
 DEVICE float distance(const Piece &s, int r, int c) {
-    i64 d = (s.q_pos + r * s.q_step) - (s.k_pos + c * s.k_step);
+    i64 d = (s.q_pos + i64(r) * s.q_step) - (s.k_pos + i64(c) * s.k_step);
     return float(d < 0 ? -d : d);
 }
 // With TRANSFORM: the logit in log2 units, and in `slope_of_cap` the derivative of the softcap.

@@ -30,6 +30,7 @@ typedef long long i64;
 [[maybe_unused]] constexpr int WARP = 32;
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 // What lanes of a warp wrote to shared memory is there for its other lanes.
@@ -151,6 +152,9 @@ DEVICE void add_global2(float *at, float x, float y, bool valid) {
     add_global(at + 1, y);
 #endif
 }
+
+// The counter's value before it grew by 1.
+DEVICE u32 take_number(u32 *counter) { return atomicAdd(counter, 1u); }
 
 // ---- the compiler ----
 

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A case is a line `case NAME key=value ...` (keys below) and lines `slice batch q0 q1 k0 k1 lo hi q_pos k_pos q_step k_step`.
-//! Standard output has a line a kernel: `CASE KIND KEY SHARED_BYTES THREADS ROWS TILES SECTION ENTRIES DEFINES`. Sources are
+//! Standard output has a line a kernel: `CASE KIND KEY SHARED_BYTES THREADS ROWS BOX_ROWS TILES SECTION ENTRIES DEFINES`. Sources are
 //! `OUT/KEY.cu`, work lists `OUT/CASE.KIND.tiles` and `.pieces`, little endian as the device reads them.
 
 use std::collections::HashMap;
@@ -60,15 +60,37 @@ struct Emit {
 impl Emit {
     fn case(&self, line: &str, slices: Vec<Slice>) -> Outcome<()> {
         let (name, spec, aligned) = case(line)?;
-        let (view, slices) = (View { aligned }, Slices::new(&spec, slices)?);
-        let (forward, backward) = sections(&spec, 32 << 20);
-        let kernel = Specialization::forward("emit", &spec, self.target, view)?;
-        self.with_list(&name, "forward", &kernel, &WorkList::by_queries(&spec, &slices, kernel.rows)?, forward)?;
-        let kernel = Specialization::backward("emit", &spec, self.target, view)?;
-        self.with_list(&name, "backward", &kernel, &WorkList::by_keys(&spec, &slices, kernel.rows)?, backward)?;
-        if !Specialization::atomics(&spec) {
-            let kernel = Specialization::backward_dq("emit", &spec, self.target, view)?;
-            self.with_list(&name, "dq", &kernel, &WorkList::by_queries(&spec, &slices, kernel.rows)?, forward)?;
+        let word = |key: &str| line.split_whitespace().find_map(|w| w.strip_prefix(key)?.strip_prefix('='));
+        let flash3 = self.target.flash3 && word("kernel") != Some("flash2");
+        let target = Target { flash3, ..self.target };
+        let (view, slices) = (View { aligned, mapped: aligned }, Slices::new(&spec, slices)?);
+        let [forward, backward] = sections(&spec, (50 << 20) / 8 * 5, 132);
+        let tall = |kernel: &Specialization| word("rows").map_or(kernel.rows, |w| w.parse().unwrap_or(kernel.rows));
+        let kernel = Specialization::forward("emit", &spec, target, view)?;
+        self.with_list(
+            &name,
+            "forward",
+            &kernel,
+            &WorkList::by_queries(&spec, &slices, tall(&kernel), forward.batches)?,
+            forward.heads,
+        )?;
+        let kernel = Specialization::backward("emit", &spec, target, view)?;
+        self.with_list(
+            &name,
+            "backward",
+            &kernel,
+            &WorkList::by_keys(&spec, &slices, kernel.rows, backward.batches)?,
+            backward.heads,
+        )?;
+        if !kernel.adds_dq() {
+            let kernel = Specialization::backward_dq("emit", &spec, target, view)?;
+            self.with_list(
+                &name,
+                "dq",
+                &kernel,
+                &WorkList::by_queries(&spec, &slices, kernel.rows, forward.batches)?,
+                forward.heads,
+            )?;
         }
         self.kernel(&name, "prepare", &Specialization::prepare(spec.dtype), 0, 0)?;
         self.kernel(&name, "accumulate", &Specialization::accumulate(spec.dtype), 0, 0)?;
@@ -86,10 +108,11 @@ impl Emit {
         let key = format!("{:032x}", kernel.key());
         write(&self.out.join(format!("{key}.cu")), kernel.source.text(self.prelude).as_bytes())?;
         println!(
-            "{case} {kind} {key} {} {} {} {tiles} {section} {} {}",
+            "{case} {kind} {key} {} {} {} {} {tiles} {section} {} {}",
             kernel.shared_bytes,
             kernel.threads,
             kernel.rows,
+            kernel.box_rows,
             kernel.entries.join(","),
             kernel.defines.join(" ")
         );
@@ -141,12 +164,20 @@ impl Emit {
         Ok(())
     }
 
+    /// Kernels of the target's own class, and of head sizes in common use those that `--kernel flash2` chooses there.
     fn spec(&self, name: &str, spec: &Spec, aligned: bool) -> Outcome<()> {
-        let view = View { aligned };
-        self.kernel(name, "forward", &Specialization::forward("emit", spec, self.target, view)?, 0, 0)?;
-        self.kernel(name, "backward", &Specialization::backward("emit", spec, self.target, view)?, 0, 0)?;
-        if !Specialization::atomics(spec) {
-            self.kernel(name, "dq", &Specialization::backward_dq("emit", spec, self.target, view)?, 0, 0)?;
+        let view = View { aligned, mapped: aligned };
+        let mut targets = vec![self.target];
+        if self.target.flash3 && [64, 128, 256].contains(&spec.head_dim) {
+            targets.push(Target { flash3: false, ..self.target });
+        }
+        for target in targets {
+            self.kernel(name, "forward", &Specialization::forward("emit", spec, target, view)?, 0, 0)?;
+            let backward = Specialization::backward("emit", spec, target, view)?;
+            self.kernel(name, "backward", &backward, 0, 0)?;
+            if !backward.adds_dq() {
+                self.kernel(name, "dq", &Specialization::backward_dq("emit", spec, target, view)?, 0, 0)?;
+            }
         }
         Ok(())
     }
@@ -223,7 +254,8 @@ fn piece_bytes(list: &WorkList) -> Vec<u8> {
     let mut bytes = Vec::new();
     for p in &list.pieces {
         bytes.extend([p.q0, p.q1, p.k0, p.k1, p.lo, p.hi].iter().flat_map(|x| x.to_le_bytes()));
-        bytes.extend([p.q_pos, p.k_pos, p.q_step, p.k_step].iter().flat_map(|x| x.to_le_bytes()));
+        bytes.extend([p.q_pos, p.k_pos].iter().flat_map(|x| x.to_le_bytes()));
+        bytes.extend([p.q_step, p.k_step, p.q_end, p.k_end].iter().flat_map(|x| x.to_le_bytes()));
     }
     bytes
 }

@@ -58,13 +58,14 @@ pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: 
         threads: waves * lanes(target),
         shared_bytes: bytes(tile),
         rows: 16 * m_tiles * waves,
+        box_rows: 0,
     })
 }
 
 /// As [`Specialization::backward`].
 pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
     let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
-    let dq = Specialization::atomics(spec);
+    let dq = !spec.deterministic;
     let bytes = |[key_waves, _, k_tiles, queries]: [u32; 4]| {
         let keys = 16 * k_tiles * key_waves;
         let pair = |rows| tile_bytes(rows, d) + tile_bytes(rows, dv);
@@ -100,6 +101,7 @@ pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view:
         threads: key_waves * split * lanes(target),
         shared_bytes: bytes(tile),
         rows: 16 * k_tiles * key_waves,
+        box_rows: 0,
     })
 }
 
@@ -127,5 +129,6 @@ pub(crate) fn backward_dq(backend: &'static str, spec: &Spec, target: Target, vi
         threads: waves * lanes(target),
         shared_bytes: bytes(tile),
         rows: 16 * waves,
+        box_rows: 0,
     })
 }

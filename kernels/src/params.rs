@@ -58,9 +58,13 @@ pub struct Piece {
     /// Global position of local key row 0 (extrapolated).
     pub k_pos: i64,
     /// Distance of the positions of neighbouring query rows.
-    pub q_step: i64,
+    pub q_step: i32,
     /// Distance of the positions of neighbouring key rows.
-    pub k_step: i64,
+    pub k_step: i32,
+    /// Query rows from `q1` up to here are selected somewhere, so they hold numbers; those after may hold anything.
+    pub q_end: i32,
+    /// The same of key rows.
+    pub k_end: i32,
 }
 
 /// The problem, as every attention kernel takes it.
@@ -144,6 +148,25 @@ impl ForwardParams {
     pub const STORE: u32 = 2;
 }
 
+/// A `CUtensorMap`, as the driver encodes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C, align(64))]
+pub struct TensorMap(pub [u64; 16]);
+
+/// Parameter of an `attention_forward` that takes tensor maps (see [`crate::Specialization::box_rows`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct MappedForwardParams {
+    /// Maps of queries (boxes of a tile's rows), keys and values.
+    pub maps: [TensorMap; 3],
+    /// What the other kernels take.
+    pub call: ForwardParams,
+    /// Device address of a u32 that is 0 before and after the launch.
+    pub counter: u64,
+    /// Padding, 0.
+    pub unused: [u64; 3],
+}
+
 /// Parameter of `attention_backward` (key tiles) and `attention_backward_dq` (query tiles).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
@@ -181,6 +204,18 @@ impl BackwardParams {
     pub const ADD_DV: u32 = 2;
     /// dq is added to (dq kernel only).
     pub const ADD_DQ: u32 = 4;
+}
+
+/// Parameter of an `attention_backward` that takes tensor maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct MappedBackwardParams {
+    /// Maps of queries, keys, values, gradient of the output (boxes of 64 columns) and f32 gradient of the queries (32).
+    pub maps: [TensorMap; 5],
+    /// What the other kernels take.
+    pub call: BackwardParams,
+    /// Padding, 0.
+    pub unused: [u64; 4],
 }
 
 /// Parameter of `prepare_delta` and `prepare_dsinks`.
@@ -287,7 +322,9 @@ const _: () = {
     assert!(size_of::<Piece>() == 56);
     assert!(size_of::<Problem>() == 120);
     assert!(size_of::<ForwardParams>() == 416);
+    assert!(size_of::<MappedForwardParams>() == 832);
     assert!(size_of::<BackwardParams>() == 416);
+    assert!(size_of::<MappedBackwardParams>() == 1088);
     assert!(size_of::<PrepareParams>() == 248);
     assert!(size_of::<AccumulateParams>() == 32 + 32 * MAX_TERMS + 24);
     assert!(size_of::<Region>() == 80);

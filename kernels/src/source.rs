@@ -64,6 +64,14 @@ sources! {
     SM80_BACKWARD_DQ = "sm80_attention_backward_dq.cu";
     /// `attention_forward` for 16-bit elements on NVIDIA's tensor cores.
     SM80_FORWARD = "sm80_attention_forward.cu";
+    /// `attention_backward` for 16-bit elements on sm_90a.
+    SM90_BACKWARD = "prelude_sm90.cuh" "sm90_backward.cuh" "sm90_attention_backward.cu";
+    /// `attention_backward_dq` for 16-bit elements on sm_90a: deterministic mode, large heads.
+    SM90_BACKWARD_DQ = "prelude_sm90.cuh" "sm90_attention_backward_dq.cu";
+    /// `attention_backward` for 16-bit elements and large heads on sm_90a.
+    SM90_BACKWARD_WIDE = "prelude_sm90.cuh" "sm90_backward.cuh" "sm90_attention_backward_wide.cu";
+    /// `attention_forward` for 16-bit elements on sm_90a.
+    SM90_FORWARD = "prelude_sm90.cuh" "sm90_attention_forward.cu";
 }
 
 impl Source {

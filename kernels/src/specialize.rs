@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use longspan_hal::{DType, Error, Result, Spec, Strided};
 
 use crate::source::fnv1a;
-use crate::{Source, amd};
+use crate::{Source, amd, hopper};
 
 /// Largest head size.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -35,12 +35,14 @@ pub struct Target {
     pub block_bytes: u32,
     /// Shared memory of one multiprocessor, in bytes; on NVIDIA each resident block takes 1 KiB more than it asks for.
     pub unit_bytes: u32,
+    /// It has warpgroup products and tensor copies (sm_90a), and they may be used.
+    pub flash3: bool,
 }
 
 impl Target {
     /// A target from the device's own figures (`MAX_SHARED_MEMORY_PER_BLOCK_OPTIN`, `..._PER_MULTIPROCESSOR`).
     pub const fn new(arch: u32, block_bytes: u32, unit_bytes: u32) -> Self {
-        Self { family: Family::Nvidia, arch, block_bytes, unit_bytes }
+        Self { family: Family::Nvidia, arch, block_bytes, unit_bytes, flash3: arch == 90 }
     }
 
     /// The target that AMD names `gfx942` or `gfx942:sramecc+:xnack-`; `None` where there are no kernels for it.
@@ -51,7 +53,7 @@ impl Target {
             0x1100..=0x1103 | 0x1150..=0x1153 => Family::Rdna,
             _ => return None,
         };
-        Some(Self { family, arch, block_bytes, unit_bytes })
+        Some(Self { family, arch, block_bytes, unit_bytes, flash3: false })
     }
 
     /// The figures of a known NVIDIA architecture; of the smallest one for those unknown.
@@ -75,6 +77,8 @@ impl Target {
 pub struct View {
     /// All pointers and strides of the call allow 16-byte access to 16-bit elements: see [`View::of`].
     pub aligned: bool,
+    /// Tensor maps can be made of them: aligned, no axis is empty and none longer than 1 has stride 0.
+    pub mapped: bool,
 }
 
 impl View {
@@ -92,7 +96,13 @@ impl View {
                     && d % 8 == 0
                     && strides.iter().all(|(n, x)| *n <= 1 || x % 8 == 0))
         };
-        Self { aligned: views.into_iter().all(whole) }
+        let steps = |v: &Strided| v.extent().iter().zip(v.strides()).all(|(n, step)| *n == 1 || (*n > 1 && step > 0));
+        let (mut aligned, mut stepping) = (true, true);
+        for view in views {
+            aligned &= whole(view);
+            stepping &= steps(view);
+        }
+        Self { aligned, mapped: aligned && stepping }
     }
 }
 
@@ -111,6 +121,9 @@ pub struct Specialization {
     pub shared_bytes: u32,
     /// Rows of a tile: what to give to [`crate::WorkList`]; 0 for kernels without tiles.
     pub rows: u32,
+    /// Rows that the kernel takes at once of the tensors that a tile walks along: box of their tensor maps. 0: it takes no
+    /// tensor maps, and a block a tile.
+    pub box_rows: u32,
 }
 
 impl Specialization {
@@ -140,6 +153,9 @@ impl Specialization {
         if target.family != Family::Nvidia {
             return amd::forward(backend, spec, target, view);
         }
+        if let Some(kernel) = hopper::forward(spec, target, view) {
+            return Ok(kernel);
+        }
         let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = forward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
         let rows = tile.warps * tile.m_tiles * 16;
@@ -161,6 +177,7 @@ impl Specialization {
             threads: tile.warps * 32,
             shared_bytes: tile.bytes(d, dv),
             rows,
+            box_rows: 0,
         })
     }
 
@@ -177,8 +194,11 @@ impl Specialization {
         if target.family != Family::Nvidia {
             return amd::backward(backend, spec, target, view);
         }
+        if let Some(kernel) = hopper::backward(spec, target, view) {
+            return Ok(kernel);
+        }
         let (d, dv) = (tiled(spec.head_dim, 32), tiled(spec.head_dim_v, 32));
-        let dq = Self::atomics(spec);
+        let dq = !spec.deterministic;
         let tile = backward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
         let mut defines = attention_defines(spec, d, dv, view.aligned);
         defines.extend([
@@ -202,13 +222,14 @@ impl Specialization {
             threads: tile.key_warps * tile.split * 32,
             shared_bytes: tile.bytes(d, dv, dq),
             rows: tile.keys(),
+            box_rows: 0,
         })
     }
 
-    /// Whether [`Specialization::backward`] adds dq by f32 atomics. Then dq must be f32 memory that holds 0 (or what is
-    /// added to); otherwise [`Specialization::backward_dq`] computes it.
-    pub fn atomics(spec: &Spec) -> bool {
-        !spec.deterministic && spec.dtype != DType::F32
+    /// Whether this backward adds dq, too. Then dq must be f32 memory that holds 0 (or what is added to); otherwise
+    /// [`Specialization::backward_dq`] computes it.
+    pub fn adds_dq(&self) -> bool {
+        self.defines.iter().any(|d| d == "DQ=1")
     }
 
     /// dq of `spec` without atomics: `attention_backward_dq` with [`crate::params::BackwardParams`] over query tiles.
@@ -222,6 +243,9 @@ impl Specialization {
         }
         if target.family != Family::Nvidia {
             return amd::backward_dq(backend, spec, target, view);
+        }
+        if let Some(kernel) = hopper::backward_dq(spec, target, view) {
+            return Ok(kernel);
         }
         let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = dq_tile(d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
@@ -240,6 +264,7 @@ impl Specialization {
             threads: tile.warps * 32,
             shared_bytes: tile.bytes(d, dv),
             rows: tile.warps * 16,
+            box_rows: 0,
         })
     }
 
@@ -268,19 +293,38 @@ impl Specialization {
     fn plain(source: Source, entries: &'static [&'static str], mut defines: Vec<String>, threads: u32) -> Self {
         defines.extend(["SOFTCAP=0", "ALIBI=0", "DROPOUT=0", "TRANSFORM=0", "EXACT=0", "ALIGNED=0"].map(str::to_owned));
         defines.push(format!("THREADS={threads}"));
-        Self { source, entries, defines, threads, shared_bytes: 0, rows: 0 }
+        Self { source, entries, defines, threads, shared_bytes: 0, rows: 0, box_rows: 0 }
     }
 }
 
-/// How many heads' tiles are neighbours in the grid, so that what they re-read stays in a cache of `cache` bytes:
-/// `(forward: query heads, backward: KV heads)`.
-pub fn sections(spec: &Spec, cache: usize) -> (u32, u32) {
-    let size = spec.dtype.size();
-    let keys = (spec.k_rows * (spec.head_dim + spec.head_dim_v) * size).max(1);
-    let queries = spec.group * spec.q_rows * ((spec.head_dim + spec.head_dim_v) * size + 4 * spec.head_dim);
-    let forward = (cache / keys).max(1) * spec.group;
-    let backward = (cache / queries.max(1)).max(1);
-    (forward.clamp(1, spec.heads.max(1)) as u32, backward.clamp(1, spec.kv_heads.max(1)) as u32)
+/// Neighbours in the grid, so that what their blocks re-read stays in a cache.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Section {
+    /// Heads whose tiles are neighbours: query heads of the forward, KV heads of the backward.
+    pub heads: u32,
+    /// Batch rows whose tiles are neighbours: see [`crate::WorkList`].
+    pub batches: u32,
+}
+
+/// Sections of the forward (and the dq kernel) and of the backward for a cache of `cache` bytes on `units` multiprocessors:
+/// what the cache holds, but about two tiles a multiprocessor (backward: one), so that the longest tiles of the last section
+/// don't end long after the others. Where it can be, all sections have as many heads.
+pub fn sections(spec: &Spec, cache: usize, units: u32) -> [Section; 2] {
+    let row = (spec.head_dim + spec.head_dim_v) * spec.dtype.size();
+    let (keys, queries) = (spec.k_rows * row, spec.group * spec.q_rows * (row + 4 * spec.head_dim));
+    let few = units as usize * 7 / 8;
+    let of = |bytes: usize, rows: usize, group: usize, heads: usize, least: usize| {
+        let tiles = rows.div_ceil(128).max(1) * group;
+        let (all, least) = (heads.div_ceil(group).max(1), least.div_ceil(tiles).max(1));
+        let fit = (cache / bytes.max(1)).max(least);
+        let even = (least..=fit.min(all)).rev().find(|n| all.is_multiple_of(*n));
+        let at_once = even.or_else(|| (fit..=all).find(|n| all.is_multiple_of(*n))).unwrap_or(all);
+        Section {
+            heads: (at_once * group).clamp(1, heads.max(1)) as u32,
+            batches: (fit / all).clamp(1, spec.batch.max(1)) as u32,
+        }
+    };
+    [of(keys, spec.q_rows, spec.group, spec.heads, 2 * few), of(queries, spec.k_rows, 1, spec.kv_heads, few)]
 }
 
 fn head_sizes(backend: &'static str, spec: &Spec) -> Result<()> {
@@ -347,7 +391,7 @@ pub(crate) fn transforms(spec: &Spec) -> bool {
 }
 
 /// Whether positions of pairs are computed, which takes registers.
-fn is_heavy(spec: &Spec) -> bool {
+pub(crate) fn is_heavy(spec: &Spec) -> bool {
     spec.alibi || spec.dropout.is_some()
 }
 
@@ -481,7 +525,7 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
             [2, 2, 1, 32, 16, 1, 1, 0],
         ]
     };
-    let dq = Specialization::atomics(spec);
+    let dq = !spec.deterministic;
     let mut fitting =
         tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
     fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))
@@ -539,5 +583,13 @@ fn fma(
         format!("FMA_OTHERS={others}"),
         format!("SHARED_BYTES={}", bytes(rows, others)),
     ]);
-    Ok(Specialization { source, entries, defines, threads: 4 * rows, shared_bytes: bytes(rows, others), rows })
+    Ok(Specialization {
+        source,
+        entries,
+        defines,
+        threads: 4 * rows,
+        shared_bytes: bytes(rows, others),
+        rows,
+        box_rows: 0,
+    })
 }

@@ -5,7 +5,7 @@
 //!     piece of tile T and slice s = the keys of s that some row of T sees
 //! by_keys: cut the union of the keys that slices select (and the stretches between) into tiles
 //!     piece of tile T and slice s = the keys of s in T, and the queries that see one of them
-//! order the tiles: most pairs first, so that the last blocks of a launch are short
+//! order the tiles: batch rows in sections that a cache holds; in each most pairs first, so that the last blocks are short
 //! ```
 //!
 //! A key tile never holds a row that no slice selects beside one that some slice does: such rows may hold NaN, and a product
@@ -23,19 +23,19 @@ pub const MAX_ROWS: usize = 1 << 30;
 /// The work of one launch, for each head alike.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct WorkList {
-    /// Tiles, most pairs first. Together they hold every row of every batch row exactly once.
+    /// Tiles, most pairs first within each section of batch rows. Together they hold every row of every batch row exactly once.
     pub tiles: Vec<Tile>,
     /// Pieces of the tiles.
     pub pieces: Vec<Piece>,
 }
 
 impl WorkList {
-    /// Query tiles of at most `rows` rows, for the forward and the dq kernel.
+    /// Query tiles of at most `rows` rows, for the forward and the dq kernel, in sections of `batches` batch rows.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the tensors have over [`MAX_ROWS`] rows or there are over 2^32 tiles or pieces.
-    pub fn by_queries(spec: &Spec, slices: &Slices, rows: u32) -> Result<Self> {
-        check(spec)?;
+    pub fn by_queries(spec: &Spec, slices: &Slices, rows: u32, batches: u32) -> Result<Self> {
+        check(spec, slices)?;
         let mut list = Builder::default();
         let mut groups = slices.by_queries().peekable();
         for batch in 0..spec.batch as u32 {
@@ -48,15 +48,15 @@ impl WorkList {
             }
             list.cut(batch, row..spec.q_rows as u32, rows, |_| {});
         }
-        list.finish()
+        list.finish(batches)
     }
 
-    /// Key tiles of at most `rows` rows, for the backward.
+    /// Key tiles of at most `rows` rows, for the backward, in sections of `batches` batch rows.
     ///
     /// # Errors
     /// As [`WorkList::by_queries`].
-    pub fn by_keys(spec: &Spec, slices: &Slices, rows: u32) -> Result<Self> {
-        check(spec)?;
+    pub fn by_keys(spec: &Spec, slices: &Slices, rows: u32, batches: u32) -> Result<Self> {
+        check(spec, slices)?;
         let mut list = Builder::default();
         for batch in 0..spec.batch as u32 {
             let own = of_batch(slices.as_slice(), batch);
@@ -70,7 +70,7 @@ impl WorkList {
             list.cut(batch, row..spec.k_rows as u32, rows, |_| {});
             list.scatter(first_tile, own);
         }
-        list.finish()
+        list.finish(batches)
     }
 
     /// The tiles' bytes, as the device reads them.
@@ -84,7 +84,13 @@ impl WorkList {
     }
 }
 
-fn check(spec: &Spec) -> Result<()> {
+fn check(spec: &Spec, slices: &Slices) -> Result<()> {
+    if let Some(s) = slices.as_slice().iter().find(|s| i32::try_from(s.q_step.max(s.k_step)).is_err()) {
+        return Err(Error::invalid(
+            "slices",
+            format!("positions {} apart, fewer than 2^31 are possible", s.q_step.max(s.k_step)),
+        ));
+    }
     for (what, rows) in [("q_rows", spec.q_rows), ("k_rows", spec.k_rows)] {
         if rows >= MAX_ROWS {
             return Err(Error::invalid(what, format!("{rows} rows on one device, fewer than {MAX_ROWS} are possible")));
@@ -102,6 +108,11 @@ fn of_batch(slices: &[Slice], batch: u32) -> &[Slice] {
 /// Keys of `s` that one of its queries sees; not empty, since the slice selects a pair.
 fn seen(s: &Slice) -> Range<u32> {
     clip(&s.k, first_diagonal(s, s.lo) + i64::from(s.q.start), first_diagonal(s, s.hi) + i64::from(s.q.end) - 1)
+}
+
+/// Queries of `s` that see one of its keys.
+fn seen_queries(s: &Slice) -> Range<u32> {
+    clip(&s.q, i64::from(s.k.start) - first_diagonal(s, s.hi), i64::from(s.k.end) - 1 - first_diagonal(s, s.lo))
 }
 
 /// A diagonal of a slice counted from the tensors' first rows.
@@ -156,8 +167,10 @@ fn piece(s: &Slice, q: &Range<u32>, k: &Range<u32>) -> Option<(Piece, u64)> {
         hi: hi.clamp(-bound, bound) as i32,
         q_pos: s.q_pos - s.q_step * i64::from(s.q.start),
         k_pos: s.k_pos - s.k_step * i64::from(s.k.start),
-        q_step: s.q_step,
-        k_step: s.k_step,
+        q_step: s.q_step as i32,
+        k_step: s.k_step as i32,
+        q_end: seen_queries(s).end as i32,
+        k_end: seen(s).end as i32,
     };
     (pairs > 0).then_some((piece, pairs))
 }
@@ -210,8 +223,8 @@ impl Builder {
         }
     }
 
-    fn finish(mut self) -> Result<WorkList> {
-        self.tiles.sort_by_key(|d| std::cmp::Reverse(d.pairs));
+    fn finish(mut self, batches: u32) -> Result<WorkList> {
+        self.tiles.sort_by_key(|d| (d.tile.batch / batches.max(1), std::cmp::Reverse(d.pairs)));
         let mut list = WorkList::default();
         for draft in self.tiles {
             let too_many = || Error::invalid("slices", "they cut into more than 2^32 pieces");
@@ -297,7 +310,7 @@ mod tests {
                 let (qs, ks) = if keys { (p.q0..p.q1, rows) } else { (rows, p.k0..p.k1) };
                 for r in qs {
                     for c in ks.clone().filter(|c| (p.k0..p.k1).contains(c) && (p.lo..=p.hi).contains(&(c - r))) {
-                        let (q_pos, k_pos) = (i64::from(r) * p.q_step, i64::from(c) * p.k_step);
+                        let (q_pos, k_pos) = (i64::from(r) * i64::from(p.q_step), i64::from(c) * i64::from(p.k_step));
                         pairs.push((t.batch, r as u32, c as u32, p.q_pos + q_pos, p.k_pos + k_pos));
                     }
                 }
@@ -320,14 +333,14 @@ mod tests {
 
         #[test]
         fn query_tiles_compute_each_pair_once((spec, slices) in slices(), rows in 1u32..17) {
-            let list = WorkList::by_queries(&spec, &slices, rows).expect("valid");
+            let list = WorkList::by_queries(&spec, &slices, rows, 2).expect("valid");
             covers_all_rows(&list, Q_ROWS, rows);
             prop_assert_eq!(computed(&list, false), expected(&slices));
         }
 
         #[test]
         fn key_tiles_compute_each_pair_once((spec, slices) in slices(), rows in 1u32..17) {
-            let list = WorkList::by_keys(&spec, &slices, rows).expect("valid");
+            let list = WorkList::by_keys(&spec, &slices, rows, 2).expect("valid");
             covers_all_rows(&list, K_ROWS, rows);
             prop_assert_eq!(computed(&list, true), expected(&slices));
         }
@@ -337,13 +350,16 @@ mod tests {
             let pairs = expected(&slices);
             let query = |b, r: i32| pairs.iter().any(|p| p.0 == b && p.1 as i32 == r);
             let key = |b, c: i32| pairs.iter().any(|p| p.0 == b && p.2 as i32 == c);
-            let list = WorkList::by_queries(&spec, &slices, rows).expect("valid");
+            let list = WorkList::by_queries(&spec, &slices, rows, 2).expect("valid");
             for t in &list.tiles {
                 for p in &list.pieces[t.first as usize..(t.first + t.count) as usize] {
+                    prop_assert!(p.q_end >= p.q1 && p.k_end >= p.k1);
+                    prop_assert!((p.q0..p.q_end).all(|r| query(t.batch, r)));
+                    prop_assert!((p.k1..p.k_end).all(|c| key(t.batch, c)));
                     prop_assert!((p.k0..p.k1).all(|c| key(t.batch, c)));
                 }
             }
-            let list = WorkList::by_keys(&spec, &slices, rows).expect("valid");
+            let list = WorkList::by_keys(&spec, &slices, rows, 2).expect("valid");
             for t in list.tiles.iter().filter(|t| t.count > 0) {
                 prop_assert!((t.row0..t.row0 + t.rows).all(|c| key(t.batch, c as i32)));
                 for p in &list.pieces[t.first as usize..(t.first + t.count) as usize] {
@@ -353,8 +369,16 @@ mod tests {
         }
 
         #[test]
+        fn sections_of_batch_rows_come_one_after_the_other((spec, slices) in slices(), rows in 1u32..17) {
+            let list = WorkList::by_keys(&spec, &slices, rows, 1).expect("valid");
+            prop_assert!(list.tiles.is_sorted_by_key(|t| t.batch));
+            let list = WorkList::by_queries(&spec, &slices, rows, 1).expect("valid");
+            prop_assert!(list.tiles.is_sorted_by_key(|t| t.batch));
+        }
+
+        #[test]
         fn the_longest_tiles_come_first((spec, slices) in slices(), rows in 1u32..17) {
-            let list = WorkList::by_queries(&spec, &slices, rows).expect("valid");
+            let list = WorkList::by_queries(&spec, &slices, rows, 2).expect("valid");
             let pairs = |t: &Tile| {
                 let one = WorkList {
                     tiles: vec![Tile { first: 0, ..*t }],
@@ -371,7 +395,7 @@ mod tests {
     fn a_diagonal_that_bounds_nothing_fits_32_bits() {
         let spec = Spec::new(DType::Bf16, 1, [64, 64], [1, 1], 16);
         let slices = Slices::new(&spec, [Slice::full(0, 0..64, 0..64)]).expect("valid");
-        let list = WorkList::by_keys(&spec, &slices, 128).expect("valid");
+        let list = WorkList::by_keys(&spec, &slices, 128, 2).expect("valid");
         assert_eq!(list.tiles, [Tile { batch: 0, row0: 0, rows: 64, first: 0, count: 1, unused: 0 }]);
         assert!(list.pieces[0].lo < -64 && list.pieces[0].hi > 64);
     }
@@ -383,7 +407,7 @@ mod tests {
             (0..1000).map(|i| Slice { hi: 0, ..Slice::full(0, i * 128..i * 128 + 128, i * 128..i * 128 + 128) });
         let slices = Slices::new(&spec, documents).expect("valid");
         let begin = std::time::Instant::now();
-        let list = WorkList::by_keys(&spec, &slices, 128).expect("valid");
+        let list = WorkList::by_keys(&spec, &slices, 128, 2).expect("valid");
         assert!(list.tiles.len() >= 1000);
         // Ten times the promise: test machines are shared.
         assert!(begin.elapsed().as_millis() < 10, "{:?}", begin.elapsed());

@@ -32,7 +32,7 @@ fn number(kernel: &Specialization, name: &str) -> Option<u32> {
 #[test]
 fn every_head_size_has_kernels_that_fit_every_architecture() {
     for (spec, target) in specs().flat_map(|s| targets().into_iter().map(move |t| (s.clone(), t))) {
-        let view = View { aligned: spec.head_dim % 8 == 0 };
+        let view = View { aligned: spec.head_dim % 8 == 0, mapped: spec.head_dim % 8 == 0 };
         let kernels = [
             Specialization::forward("test", &spec, target, view),
             Specialization::backward("test", &spec, target, view),
@@ -52,7 +52,8 @@ fn every_head_size_has_kernels_that_fit_every_architecture() {
 #[test]
 fn keys_differ_where_defines_do_and_names_are_readable() {
     let of = |spec: &Spec| {
-        Specialization::forward("test", spec, Target::nvidia(90), View { aligned: true }).expect("supported")
+        Specialization::forward("test", spec, Target::nvidia(90), View { aligned: true, mapped: false })
+            .expect("supported")
     };
     let plain = Spec::new(DType::Bf16, 1, [64, 64], [1, 1], 64);
     let (a, b) = (of(&plain), of(&plain.clone().with_softcap(Some(1.0))));
@@ -64,7 +65,7 @@ fn keys_differ_where_defines_do_and_names_are_readable() {
 #[test]
 fn heads_over_256_are_refused_with_what_is_possible() {
     let spec = Spec::new(DType::F16, 1, [64, 64], [1, 1], 257);
-    let refusal = Specialization::forward("cuda", &spec, Target::nvidia(90), View { aligned: false });
+    let refusal = Specialization::forward("cuda", &spec, Target::nvidia(90), View { aligned: false, mapped: false });
     let text = refusal.expect_err("too large").to_string();
     assert!(text.contains("head_dim 257") && text.contains("256"), "{text}");
 }
@@ -92,7 +93,7 @@ fn amd_names_have_a_family_or_no_kernels() {
 fn waves_divide_blocks() {
     for (spec, target) in specs().flat_map(|s| targets().into_iter().map(move |t| (s.clone(), t))) {
         let wave = if target.family == Family::Cdna { 64 } else { 32 };
-        let view = View { aligned: false };
+        let view = View { aligned: false, mapped: false };
         for kernel in [
             Specialization::forward("test", &spec, target, view),
             Specialization::backward("test", &spec, target, view),

@@ -1,22 +1,19 @@
 //! The communicator: data through HCCL, everything else through the group's board.
 
-use std::net::SocketAddr;
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ascendcl_sys::{HcclComm, HcclRootInfo, HcclSendRecvItem};
+use ascendcl_sys::{HcclComm, HcclDataType, HcclRootInfo, HcclSendRecvItem};
 use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, View};
+use longspan_peers::{Board, Fields, Member, Place, Reach, Reader, judge, offer};
 
-use crate::board;
 use crate::context::{Context, check_hccl, lock, start};
-use crate::exchange::{AscendExchange, messages};
-use crate::group::Member;
-use crate::matching::{judge, offer};
+use crate::exchange::{AllToAll, AscendExchange, messages};
 use crate::memory::AscendBuffer;
 use crate::stream::Kept;
 use crate::watch::Watch;
-use crate::wire::Fields;
 use crate::{AscendDevice, AscendEvent, AscendStream};
 
 const ROOT: usize = size_of::<HcclRootInfo>();
@@ -61,13 +58,13 @@ impl AscendCollective {
         let mut root = Box::new(HcclRootInfo { internal: [0; ROOT] });
         // SAFETY: the pointer is valid for the write.
         check_hccl("HcclGetRootInfo", unsafe { (context.api.hccl.HcclGetRootInfo)(&mut *root) })?;
-        let address = board::serve().map_err(|e| Error::Unavailable {
+        let place = Board::open(Reach::Host).map_err(|e| Error::Unavailable {
             library: "the progress board".into(),
             why: format!("no socket could be opened: {e}"),
             how_to_get_it: "set LONGSPAN_ADDRESS to an address of this host that all ranks reach".into(),
         })?;
         let mut bytes: Vec<u8> = root.internal.iter().map(|&c| c as u8).collect();
-        bytes.extend(address.to_string().as_bytes());
+        bytes.extend(place.to_bytes());
         Ok(GroupId(bytes))
     }
 
@@ -80,9 +77,9 @@ impl AscendCollective {
             return Err(Error::invalid("rank", format!("rank {rank} of a group of {size}")));
         }
         let bad = || Error::invalid("group id", "it was not made by the ascend backend");
-        let (root, address) = id.0.split_at_checked(ROOT).ok_or_else(bad)?;
-        let address: SocketAddr = std::str::from_utf8(address).ok().and_then(|a| a.parse().ok()).ok_or_else(bad)?;
-        let member = Arc::new(Member::join(address, rank, size, limit)?);
+        let (root, place) = id.0.split_at_checked(ROOT).ok_or_else(bad)?;
+        let place = Place::from_bytes(place).map_err(|_| bad())?;
+        let member = Arc::new(Member::join(&place, rank, size, limit)?);
         let context = &device.0.context;
         let comm = if size == 1 { None } else { Some(Arc::new(Comm::new(context, root, rank, size)?)) };
         let no_thread = |e: std::io::Error| Error::Unavailable {
@@ -135,6 +132,27 @@ impl Comm {
         let code = unsafe { (self.context.api.hccl.HcclBatchSendRecv)(items.as_mut_ptr(), n, raw, on.0.raw()) };
         check_hccl("HcclBatchSendRecv", code)
     }
+
+    fn all_to_all(&self, a: &AllToAll, on: &AscendStream) -> Result<()> {
+        let kind = HcclDataType::HCCL_DATA_TYPE_UINT8;
+        // SAFETY: the lists have an entry a rank, and HCCL reads them in this call; the memory that they name is kept until the
+        // round ran.
+        let code = unsafe {
+            (self.context.api.hccl.HcclAlltoAllV)(
+                a.bases[0] as *const c_void,
+                a.counts[0].as_ptr().cast(),
+                a.offsets[0].as_ptr().cast(),
+                kind,
+                a.bases[1] as *const c_void,
+                a.counts[1].as_ptr().cast(),
+                a.offsets[1].as_ptr().cast(),
+                kind,
+                self.raw as HcclComm,
+                on.0.raw(),
+            )
+        };
+        check_hccl("HcclAlltoAllV", code)
+    }
 }
 
 impl Drop for AscendCollective {
@@ -167,7 +185,7 @@ impl Collective<AscendDevice> for AscendCollective {
         let offers = self.member.agree("window", &mine)?;
         let buffer = buffer?;
         for offer in &offers {
-            let mut fields = crate::wire::Reader(offer);
+            let mut fields = Reader(offer);
             if let (Ok(0), Ok(wanted), Ok(free)) = (fields.number(), fields.number(), fields.number()) {
                 return Err(Error::OutOfMemory { wanted, free });
             }
@@ -183,8 +201,9 @@ impl Collective<AscendDevice> for AscendCollective {
         });
         let mine = draft.as_ref().map(|(m, _)| m.clone()).map_err(Clone::clone);
         let offers = self.member.agree("prepare", &offer(&mine))?;
-        let (_, exchange) = draft?;
-        judge(&offers)?;
+        let (_, mut exchange) = draft?;
+        // All ranks judge the same offers, so all choose alike.
+        exchange.together = judge(&offers)? && size > 2;
         Ok(exchange)
     }
 
@@ -200,7 +219,11 @@ impl Collective<AscendDevice> for AscendCollective {
         self.member.alive("exchange")?;
         on.0.enter()?;
         let mut items = exchange.pack(on, sends)?;
-        self.round(on, "exchange", |comm| if exchange.is_remote() { comm.batch(&mut items, on) } else { Ok(()) })?;
+        self.round(on, "exchange", |comm| match items.len() {
+            0 => Ok(()),
+            _ if exchange.together => comm.all_to_all(&AllToAll::new(&items, self.member.size), on),
+            _ => comm.batch(&mut items, on),
+        })?;
         exchange.unpack(on)?;
         let buffers = sends.iter().map(|v| v.buffer().clone()).chain(exchange.buffers()).collect();
         on.0.keep(Kept { buffers, pinned: Vec::new() })
@@ -218,7 +241,7 @@ impl Collective<AscendDevice> for AscendCollective {
         }
         let mut ids = Vec::new();
         for offer in &offers {
-            let mut fields = crate::wire::Reader(offer);
+            let mut fields = Reader(offer);
             let (Ok(theirs), Ok(id)) = (fields.bytes(), fields.bytes()) else { return wrong("an offer can't be read") };
             if theirs != list.0 {
                 return wrong("the ranks named different members");

@@ -3,9 +3,11 @@
 //! ```text
 //! round on a stream:  self pairs are copied
 //!                     several or strided messages to a peer -> packed into staging; one dense message goes as it lies
-//!                     one HcclBatchSendRecv
+//!                     one HcclAlltoAllV where every rank sends to every other one (Ulysses), otherwise one HcclBatchSendRecv
 //!                     staging -> the receive views, where messages were packed
 //! ```
+//!
+//! HcclAlltoAllV takes one memory a direction, so there either all parcels go as they lie, in one buffer, or all are packed.
 //!
 //! Messages of a packed pair start at multiples of 64 bytes, on both sides alike.
 
@@ -13,8 +15,9 @@ use longspan_hal::{DType, Device, Error, Extent, P2p, Result, Strided, View, che
 
 use ascendcl_sys::{HcclDataType, HcclSendRecvItem, HcclSendRecvType};
 
+use longspan_peers::Message;
+
 use crate::copy::{Place, on_device};
-use crate::matching::Message;
 use crate::memory::AscendBuffer;
 use crate::stream::StreamState;
 use crate::{AscendDevice, AscendStream};
@@ -33,6 +36,39 @@ pub struct AscendExchange {
     outgoing: Vec<Parcel>,
     incoming: Vec<Parcel>,
     staging: AscendBuffer,
+    /// Whether it runs as one all-to-all.
+    pub(crate) together: bool,
+}
+
+/// Lists of an all-to-all, sends first: an entry a rank, in bytes.
+#[derive(Debug)]
+pub(crate) struct AllToAll {
+    /// The lowest address.
+    pub bases: [usize; 2],
+    pub counts: [Vec<u64>; 2],
+    /// From the lowest address.
+    pub offsets: [Vec<u64>; 2],
+}
+
+impl AllToAll {
+    /// The items of a batch in `size` ranks, each direction in one buffer.
+    pub fn new(items: &[HcclSendRecvItem], size: u32) -> Self {
+        let mut all = Self {
+            bases: [0; 2],
+            counts: [vec![0; size as usize], vec![0; size as usize]],
+            offsets: [vec![0; size as usize], vec![0; size as usize]],
+        };
+        for (side, kind) in [HcclSendRecvType::HCCL_SEND, HcclSendRecvType::HCCL_RECV].into_iter().enumerate() {
+            let mine = || items.iter().filter(|i| i.sendRecvType == kind);
+            let base = mine().map(|i| i.buf as usize).min().unwrap_or(0);
+            all.bases[side] = base;
+            for item in mine() {
+                all.counts[side][item.remoteRank as usize] = item.count;
+                all.offsets[side][item.remoteRank as usize] = (item.buf as usize - base) as u64;
+            }
+        }
+        all
+    }
 }
 
 /// Everything between this rank and a peer, in one direction.
@@ -95,7 +131,7 @@ impl AscendExchange {
         let incoming = parcels(&recvs, me, size, &mut end);
         let staging = device.alloc(end)?;
         let sends = sends.iter().map(|m| (m.dtype, m.extent)).collect();
-        Ok(Self { comm, sends, receives, local, outgoing, incoming, staging })
+        Ok(Self { comm, sends, receives, local, outgoing, incoming, staging, together: false })
     }
 
     /// Bytes of the staging.
@@ -103,27 +139,23 @@ impl AscendExchange {
         self.staging.bytes()
     }
 
-    /// Whether other ranks take part.
-    pub(crate) fn is_remote(&self) -> bool {
-        !self.outgoing.is_empty() || !self.incoming.is_empty()
-    }
-
     /// Checks the views of a round.
     pub(crate) fn check(&self, sends: &[View<'_, AscendDevice>]) -> Result<()> {
         check_sends(&self.sends, sends)
     }
 
-    /// Queues local copies and packing; the items of the batch.
+    /// Queues local copies and packing; the items of the batch, none where no other rank takes part.
     pub(crate) fn pack(&self, on: &AscendStream, sends: &[View<'_, AscendDevice>]) -> Result<Vec<HcclSendRecvItem>> {
         for (send, receive) in &self.local {
             let (from, (buffer, at)) = (&sends[*send], &self.receives[*receive]);
             on_device(&on.0, Place { buffer: from.buffer(), at: from.at() }, Place { buffer, at })?;
         }
         let mut items = Vec::with_capacity(self.outgoing.len() + self.incoming.len());
-        for parcel in &self.outgoing {
-            let address = match parcel.messages[..] {
-                [(one, _)] if sends[one].at().is_dense() => address(sends[one].buffer(), sends[one].at()),
-                _ => {
+        let outgoing = self.direct(&self.outgoing, |i| (sends[i].buffer(), sends[i].at()));
+        for (parcel, direct) in self.outgoing.iter().zip(outgoing) {
+            let address = match direct {
+                Some(address) => address,
+                None => {
                     for (i, offset) in &parcel.messages {
                         let from = Place { buffer: sends[*i].buffer(), at: sends[*i].at() };
                         self.staged(&on.0, parcel.at + offset, from, true)?;
@@ -133,11 +165,8 @@ impl AscendExchange {
             };
             items.push(item(HcclSendRecvType::HCCL_SEND, address, parcel));
         }
-        for parcel in &self.incoming {
-            let address = match self.direct(parcel) {
-                Some(address) => address,
-                None => self.staging.address() + parcel.at,
-            };
+        for (parcel, direct) in self.incoming.iter().zip(self.arrivals()) {
+            let address = direct.unwrap_or(self.staging.address() + parcel.at);
             items.push(item(HcclSendRecvType::HCCL_RECV, address, parcel));
         }
         Ok(items)
@@ -145,7 +174,7 @@ impl AscendExchange {
 
     /// Queues unpacking.
     pub(crate) fn unpack(&self, on: &AscendStream) -> Result<()> {
-        for parcel in self.incoming.iter().filter(|p| self.direct(p).is_none()) {
+        for (parcel, _) in self.incoming.iter().zip(self.arrivals()).filter(|(_, direct)| direct.is_none()) {
             for (i, offset) in &parcel.messages {
                 let (buffer, at) = &self.receives[*i];
                 self.staged(&on.0, parcel.at + offset, Place { buffer, at }, false)?;
@@ -159,15 +188,27 @@ impl AscendExchange {
         self.receives.iter().map(|(b, _)| b.clone()).chain([self.staging.clone()])
     }
 
-    /// Where a parcel of one dense message arrives without staging.
-    fn direct(&self, parcel: &Parcel) -> Option<usize> {
-        match parcel.messages[..] {
-            [(one, _)] if self.receives[one].1.is_dense() => {
-                let (buffer, at) = &self.receives[one];
-                Some(address(buffer, at))
-            }
+    /// Where incoming parcels arrive without staging.
+    fn arrivals(&self) -> Vec<Option<usize>> {
+        self.direct(&self.incoming, |i| (&self.receives[i].0, &self.receives[i].1))
+    }
+
+    /// Addresses of the parcels that go as they lie: those of one dense message; `view` gives the place of a message.
+    fn direct<'v>(
+        &self,
+        parcels: &[Parcel],
+        view: impl Fn(usize) -> (&'v AscendBuffer, &'v Strided),
+    ) -> Vec<Option<usize>> {
+        let one = |p: &Parcel| match p.messages[..] {
+            [(one, _)] if view(one).1.is_dense() => Some(view(one)),
             _ => None,
+        };
+        let places: Vec<_> = parcels.iter().map(one).collect();
+        let alike = |p: &Option<(&AscendBuffer, _)>| matches!((p, &places[0]), (Some(a), Some(b)) if a.0.same(b.0));
+        if self.together && !places.iter().all(alike) {
+            return vec![None; parcels.len()];
         }
+        places.into_iter().map(|p| p.map(|(buffer, at)| address(buffer, at))).collect()
     }
 
     /// Copies between a view and the staging at byte `offset`.
@@ -213,6 +254,19 @@ fn parcels(list: &[Message], me: u32, size: u32, end: &mut usize) -> Vec<Parcel>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_all_to_all_counts_from_the_lowest_address() {
+        let of = |kind, address, remote, bytes| {
+            item(kind, address, &Parcel { peer: remote, bytes, at: 0, messages: Vec::new() })
+        };
+        let (send, receive) = (HcclSendRecvType::HCCL_SEND, HcclSendRecvType::HCCL_RECV);
+        let items = [of(send, 900, 0, 7), of(send, 640, 2, 5), of(receive, 64, 0, 3), of(receive, 128, 2, 9)];
+        let all = AllToAll::new(&items, 3);
+        assert_eq!(all.bases, [640, 64]);
+        assert_eq!(all.counts, [vec![7, 0, 5], vec![3, 0, 9]]);
+        assert_eq!(all.offsets, [vec![260, 0, 0], vec![0, 0, 64]]);
+    }
 
     #[test]
     fn both_sides_of_a_pair_lay_their_parcel_out_alike() {

@@ -6,7 +6,7 @@
 //! | strided copy, fill | `InplaceCopy`, `InplaceFillScalar` on strided `aclTensor`s |
 //! | exchange | packing copies, then one `HcclBatchSendRecv` with one item a peer and direction |
 //! | attention | [`Ascend`]: batched matmuls and small operators in f32, every option; [`AscendFused`]: `FlashAttentionScore` where it can |
-//! | matching, progress board, loss of a peer | a small TCP star beside HCCL, since HCCL's errors name no rank |
+//! | matching, progress board, loss of a peer | `longspan-peers`: a small TCP star beside HCCL, whose errors name no rank |
 //!
 //! Operators run in two phases: the first sizes a workspace and makes an executor, the second queues it. Workspaces are kept a
 //! stream; every tensor object ends when phase 2 returned; memory lives until an event after the call.
@@ -18,21 +18,17 @@
 
 mod attention;
 mod backend;
-mod board;
 mod collective;
 mod context;
 mod copy;
 mod device;
 mod event;
 mod exchange;
-mod group;
-mod matching;
 mod memory;
 mod ops;
 mod stream;
 mod tensor;
 mod watch;
-mod wire;
 
 pub use attention::{AscendAttention, AscendPlan};
 pub use backend::{Ascend, AscendFused};

@@ -96,20 +96,25 @@ macro_rules! with_number {
 /// `sparseMode`: a band, with the compressed mask.
 const BAND: i64 = 4;
 
-/// Arguments of fused attention: dense `[1, heads, rows, dim]`, statistics f32 `[1, heads, rows, 8]`.
+/// Arguments of fused attention: dense `[heads, rows, dim]`, statistics f32 `[heads, rows, 8]`.
 #[derive(Debug)]
 pub(crate) struct Fused<'a> {
     pub q: &'a Tensor,
     pub k: &'a Tensor,
     pub v: &'a Tensor,
     /// For a band: the compressed mask, `preTokens` and `nextTokens`.
-    pub mask: Option<(&'a Tensor, [i64; 2])>,
+    pub mask: Option<(Tensor, [i64; 2])>,
     pub scale: f32,
-    /// Query heads.
-    pub heads: usize,
+    /// Written by the forward, read by the backward.
     pub max: &'a Tensor,
     pub sum: &'a Tensor,
-    pub out: &'a Tensor,
+}
+
+impl Fused<'_> {
+    /// `sparseMode`, `preTokens`, `nextTokens`.
+    fn sparse(&self) -> (i64, [i64; 2]) {
+        self.mask.as_ref().map_or((0, [i64::from(i32::MAX); 2]), |(_, tokens)| (BAND, *tokens))
+    }
 }
 
 /// A number that a scalar object can hold.
@@ -299,14 +304,12 @@ impl<'a> Ops<'a> {
     }
 
     /// Fused attention.
-    pub fn fused(&self, call: &Fused<'_>) -> Result<()> {
+    pub fn fused(&self, call: &Fused<'_>, out: &Tensor) -> Result<()> {
         let mut layout = *b"BNSD\0";
-        let (q, k, v) = (self.tensor(call.q)?, self.tensor(call.k)?, self.tensor(call.v)?);
-        let mask = call.mask.map(|(m, _)| self.tensor(m)).transpose()?;
-        let (max, sum, out) = (self.tensor(call.max)?, self.tensor(call.sum)?, self.tensor(call.out)?);
-        let (none, list) = (std::ptr::null(), std::ptr::null());
-        let mode = if mask.is_some() { BAND } else { 0 };
-        let [before, after] = call.mask.map_or([i64::from(i32::MAX); 2], |(_, tokens)| tokens);
+        let (q, k, v) = (self.batched(call.q)?, self.batched(call.k)?, self.batched(call.v)?);
+        let mask = call.mask.as_ref().map(|(m, _)| self.tensor(m)).transpose()?;
+        let (max, sum, out) = (self.batched(call.max)?, self.batched(call.sum)?, self.batched(out)?);
+        let (none, list, (mode, [before, after])) = (std::ptr::null(), std::ptr::null(), call.sparse());
         let mask = mask.as_ref().map_or(none, |m| m.raw.cast_const());
         self.run("aclnnFlashAttentionScore", self.operators.aclnnFlashAttentionScore, |size, executor| {
             // SAFETY: all objects and the layout's text live.
@@ -324,7 +327,7 @@ impl<'a> Ops<'a> {
                     1.0,
                     before,
                     after,
-                    call.heads as i64,
+                    call.q.dims[0],
                     layout.as_mut_ptr().cast(),
                     0,
                     mode,
@@ -337,6 +340,59 @@ impl<'a> Ops<'a> {
                 )
             }
         })
+    }
+
+    /// Fused attention's gradients of q, k and v; `out` and its gradient have the shape of the output.
+    pub fn fused_backward(&self, call: &Fused<'_>, [out, dy]: [&Tensor; 2], gradients: &[Tensor; 3]) -> Result<()> {
+        let mut layout = *b"BNSD\0";
+        let (q, k, v) = (self.batched(call.q)?, self.batched(call.k)?, self.batched(call.v)?);
+        let mask = call.mask.as_ref().map(|(m, _)| self.tensor(m)).transpose()?;
+        let (max, sum) = (self.batched(call.max)?, self.batched(call.sum)?);
+        let (out, dy) = (self.batched(out)?, self.batched(dy)?);
+        let [dq, dk, dv] = [0, 1, 2].map(|i| self.batched(&gradients[i]));
+        let (dq, dk, dv) = (dq?, dk?, dv?);
+        let (none, list, (mode, [before, after])) = (std::ptr::null(), std::ptr::null(), call.sparse());
+        let mask = mask.as_ref().map_or(none, |m| m.raw.cast_const());
+        self.run("aclnnFlashAttentionScoreGrad", self.operators.aclnnFlashAttentionScoreGrad, |size, executor| {
+            // SAFETY: all objects and the layout's text live.
+            unsafe {
+                (self.operators.aclnnFlashAttentionScoreGradGetWorkspaceSize)(
+                    q.raw,
+                    k.raw,
+                    v.raw,
+                    dy.raw,
+                    none,
+                    none,
+                    none,
+                    mask,
+                    max.raw,
+                    sum.raw,
+                    none,
+                    out.raw,
+                    list,
+                    f64::from(call.scale),
+                    1.0,
+                    before,
+                    after,
+                    call.q.dims[0],
+                    layout.as_mut_ptr().cast(),
+                    0,
+                    mode,
+                    dq.raw,
+                    dk.raw,
+                    dv.raw,
+                    none,
+                    size,
+                    executor,
+                )
+            }
+        })
+    }
+
+    /// A dense tensor with a first axis of 1.
+    fn batched(&self, t: &Tensor) -> Result<Object<aclTensor>> {
+        let dims: Vec<usize> = std::iter::once(1).chain(t.dims.iter().map(|&d| d as usize)).collect();
+        self.tensor(&t.reshaped(&dims))
     }
 
     /// Both phases.

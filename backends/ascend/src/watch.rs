@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use longspan_peers::Member;
+
 use crate::context::{Context, lock};
 use crate::event::RawEvent;
-use crate::group::Member;
 use crate::stream::StreamState;
 
 /// How often rounds in flight are looked at.
@@ -105,7 +106,7 @@ impl Watch {
             }
             let late = round.started.is_some_and(|s| s.elapsed() > self.member.limit);
             if late && !std::mem::replace(&mut round.reported, true) {
-                self.member.stuck(round.number);
+                self.member.stuck(round.number, self.member.rank);
             }
         }
     }

@@ -81,6 +81,11 @@ pub(crate) struct Member {
 static NEXT_GROUP: AtomicU64 = AtomicU64::new(1);
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
+/// A key that no group of this process has.
+pub(crate) fn next_key() -> u64 {
+    NEXT_GROUP.fetch_add(1, Ordering::Relaxed)
+}
+
 /// Groups of this process by id.
 static GROUPS: LazyLock<Mutex<HashMap<Vec<u8>, Weak<Group>>>> = LazyLock::new(Mutex::default);
 
@@ -161,7 +166,7 @@ impl Group {
             rounds: Rounds::default(),
         };
         Self {
-            key: NEXT_GROUP.fetch_add(1, Ordering::Relaxed),
+            key: next_key(),
             size,
             personality,
             board: Board::new(size),

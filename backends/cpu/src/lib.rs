@@ -15,6 +15,7 @@
 //! | `copy.rs` | strided copies |
 //! | `collective.rs`, `exchange.rs` | communicator; prepared exchanges |
 //! | `group.rs`, `matching.rs`, `round.rs`, `board.rs` | what ranks share: common calls, rounds, the progress board |
+//! | `transport.rs` | what a collective of another crate needs of the device |
 //! | `peak.rs` | the most that the CPU computes, measured |
 //! | `personality.rs` | imitations of other machines |
 
@@ -37,6 +38,7 @@ mod round;
 mod stream;
 mod sync;
 mod table;
+pub mod transport;
 
 pub use attention::{CpuAttention, CpuPlan};
 pub use backend::Cpu;

@@ -6,6 +6,7 @@
 //! | variable | what it does |
 //! |---|---|
 //! | `LONGSPAN_EXCHANGE` | `auto` (the default), `peer` or `nccl`: how messages travel |
+//! | `LONGSPAN_KERNEL` | `auto` (the default), `flash2` or `flash3`: class of the attention kernels (`flash3` on Hopper only) |
 //! | `LONGSPAN_LIBCUDA`, `LONGSPAN_LIBNVRTC`, `LONGSPAN_LIBNCCL`, `LONGSPAN_LIBCUBLAS` | path of a library, tried first |
 //! | `LONGSPAN_CACHE` | folder of compiled kernels |
 //! | `LONGSPAN_QUIET` | no lines about compiled kernels |

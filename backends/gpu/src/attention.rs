@@ -13,7 +13,8 @@ use longspan_hal::{
 };
 use longspan_kernels::Specialization;
 use longspan_kernels::params::{
-    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, PrepareParams, Problem, Tensor, width,
+    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, MappedBackwardParams, MappedForwardParams,
+    PrepareParams, Problem, Tensor, TensorMap, width,
 };
 use longspan_kernels::tiling::MAX_ROWS;
 
@@ -42,8 +43,78 @@ impl GpuAttention {
     fn kernels(&self, spec: &Spec, views: &[&Strided]) -> Result<Kernels> {
         // `View::of` takes a last extent of 1 for row statistics; a head of one element is none.
         let whole = spec.head_dim.is_multiple_of(8) && spec.head_dim_v.is_multiple_of(8);
-        let aligned = whole && longspan_kernels::View::of(views.iter().copied()).aligned;
-        Kernels::of(self.device.context(), spec, longspan_kernels::View { aligned })
+        let longspan_kernels::View { aligned, mapped } = longspan_kernels::View::of(views.iter().copied());
+        let view = longspan_kernels::View { aligned: whole && aligned, mapped: whole && mapped };
+        Kernels::of(self.device.context(), spec, view)
+    }
+
+    /// Maps of tensors, each with the rows of its boxes.
+    fn maps<const N: usize>(&self, of: [(Address, &Strided, u32); N]) -> Result<[TensorMap; N]> {
+        let context = self.device.context();
+        let encoder = context.machine.tensor_maps()?;
+        let mut maps = [TensorMap::default(); N];
+        for (map, (address, at, rows)) in maps.iter_mut().zip(of) {
+            let (encoded, returned) = encoder.encode(address, at, rows)?;
+            context.check(returned)?;
+            *map = encoded;
+        }
+        Ok(maps)
+    }
+
+    /// A forward by a kernel whose resident blocks take tiles by themselves.
+    fn forward_mapped(&self, on: &GpuStream, plan: &GpuPlan, of: &Specialization, call: Call<'_>) -> Result<()> {
+        let Call { params, q, k, v } = call;
+        let context = self.device.context();
+        let boxes = [(params.q.ptr, q, of.rows), (params.k.ptr, k, of.box_rows), (params.v.ptr, v, of.box_rows)];
+        let blocks = (params.problem.tile_count as usize * plan.spec.heads).min(context.figures.units as usize);
+        let params = MappedForwardParams {
+            maps: self.maps(boxes)?,
+            call: params,
+            counter: plan.counter(),
+            ..MappedForwardParams::default()
+        };
+        context.kernel(of)?.launch(on, 0, Grid { x: blocks, y: 1 }, &params)
+    }
+
+    /// The main kernel of a backward; `dq` is the f32 memory that it adds to, if it does.
+    fn backward_main(
+        &self,
+        on: &GpuStream,
+        of: &Specialization,
+        args: &Backward<'_, GpuDevice>,
+        params: &BackwardParams,
+        dq: Option<&Strided>,
+    ) -> Result<()> {
+        let blocks = params.problem.tile_count as usize * params.problem.kv_heads as usize;
+        self.launch_backward(on, (of, 0, blocks), args, params, dq)
+    }
+
+    /// Entry `entry` of a backward kernel with so many blocks; `dq` is to be mapped.
+    fn launch_backward(
+        &self,
+        on: &GpuStream,
+        (of, entry, blocks): (&Specialization, usize, usize),
+        args: &Backward<'_, GpuDevice>,
+        params: &BackwardParams,
+        dq: Option<&Strided>,
+    ) -> Result<()> {
+        let (kernel, grid) = (self.device.context().kernel(of)?, Grid { x: blocks, y: 1 });
+        if of.box_rows == 0 {
+            return kernel.launch(on, entry, grid, params);
+        }
+        // Tiles of the main kernel are rows of keys, those of the dq kernel rows of queries.
+        let main = of.entries[entry] == "attention_backward";
+        let [queries, keys] = if main { [of.box_rows, of.rows] } else { [of.rows, of.box_rows] };
+        let [q, k, v, dout] = self.maps([
+            (params.q.ptr, args.q.at(), queries),
+            (params.k.ptr, args.k.at(), keys),
+            (params.v.ptr, args.v.at(), keys),
+            (params.dout.ptr, args.dout.at(), queries),
+        ])?;
+        let [dq] = dq.map_or(Ok([TensorMap::default()]), |at| self.maps([(params.dq.ptr, at, of.box_rows)]))?;
+        let params =
+            MappedBackwardParams { maps: [q, k, v, dout, dq], call: *params, ..MappedBackwardParams::default() };
+        kernel.launch(on, entry, grid, &params)
     }
 
     fn add(&self, on: &GpuStream, into: (Address, &Strided), terms: &[Tensor]) -> Result<()> {
@@ -80,6 +151,14 @@ impl GpuAttention {
     }
 }
 
+/// A forward's parameters, and its inputs as tensors.
+struct Call<'a> {
+    params: ForwardParams,
+    q: &'a Strided,
+    k: &'a Strided,
+    v: &'a Strided,
+}
+
 /// f32 sums of dq.
 fn dq_scratch(spec: &Spec) -> Strided {
     Strided::dense(DType::F32, [spec.batch, spec.q_rows, spec.heads, spec.head_dim])
@@ -108,7 +187,7 @@ impl Attention<GpuDevice> for GpuAttention {
     }
 
     fn scratch_bytes(&self, plan: &GpuPlan) -> usize {
-        let narrow = Specialization::atomics(&plan.spec) && !plan.spec.accumulate;
+        let narrow = plan.adds_dq && !plan.spec.accumulate;
         if narrow { dq_scratch(&plan.spec).bytes().next_multiple_of(256) } else { 0 }
     }
 
@@ -118,12 +197,12 @@ impl Attention<GpuDevice> for GpuAttention {
 
     fn kernels(&self, plan: &GpuPlan, backward: bool) -> Vec<String> {
         let Ok(kernels) = self.kernels(&plan.spec, &[]) else { return Vec::new() };
-        let used = if backward {
-            [Some(kernels.backward), kernels.dq.filter(|_| plan.dq.is_some())]
-        } else {
-            [Some(kernels.forward), None]
+        let used = match backward {
+            false => vec![kernels.forward],
+            true if kernels.backward.adds_dq() => vec![kernels.backward],
+            true => vec![kernels.backward, kernels.dq],
         };
-        used.into_iter().flatten().map(|kernel| kernel.name()).collect()
+        used.iter().map(Specialization::name).collect()
     }
 
     fn forward(&self, on: &GpuStream, plan: &GpuPlan, args: &Forward<'_, GpuDevice>) -> Result<()> {
@@ -132,7 +211,6 @@ impl Attention<GpuDevice> for GpuAttention {
         let spec = &plan.spec;
         let mut views = vec![args.q.at(), args.k.at(), args.v.at()];
         let mut params = ForwardParams {
-            problem: problem(on, spec, &plan.forward, &args.extras)?,
             q: read(on, &args.q)?,
             k: read(on, &args.k)?,
             v: read(on, &args.v)?,
@@ -157,8 +235,15 @@ impl Attention<GpuDevice> for GpuAttention {
             params.lse = write(on, lse)?;
             views.push(out.at());
         }
-        let kernel = self.device.context().kernel(&self.kernels(spec, &views)?.forward)?;
-        kernel.launch(on, 0, Grid { x: plan.forward.count as usize * spec.heads, y: 1 }, &params)
+        let kernel = self.kernels(spec, &views)?.forward;
+        let tiles = plan.forward.of(kernel.rows)?;
+        params.problem = problem(on, spec, tiles, &args.extras)?;
+        if kernel.box_rows > 0 {
+            let call = Call { params, q: args.q.at(), k: args.k.at(), v: args.v.at() };
+            return self.forward_mapped(on, plan, &kernel, call);
+        }
+        let grid = Grid { x: tiles.count as usize * spec.heads, y: 1 };
+        self.device.context().kernel(&kernel)?.launch(on, 0, grid, &params)
     }
 
     fn backward_prepare(&self, on: &GpuStream, spec: &Spec, args: &Prepare<'_, GpuDevice>) -> Result<()> {
@@ -197,7 +282,6 @@ impl Attention<GpuDevice> for GpuAttention {
         let spec = &plan.spec;
         let flag = |g: &Gradient<'_, GpuDevice>, flag| if g.store == Store::Add { flag } else { 0 };
         let mut params = BackwardParams {
-            problem: problem(on, spec, &plan.backward, &args.extras)?,
             q: read(on, &args.q)?,
             k: read(on, &args.k)?,
             v: read(on, &args.v)?,
@@ -209,22 +293,26 @@ impl Attention<GpuDevice> for GpuAttention {
             add: flag(&args.dk, BackwardParams::ADD_DK) | flag(&args.dv, BackwardParams::ADD_DV),
             ..BackwardParams::default()
         };
-        let blocks = |tiles: &Tiles, heads: usize| Grid { x: tiles.count as usize * heads, y: 1 };
         let inputs = [args.q.at(), args.k.at(), args.v.at(), args.dout.at(), args.dk.into.at(), args.dv.into.at()];
         let with = |dq| self.kernels(spec, &[&inputs[..], &[dq]].concat());
-        if let Some(tiles) = &plan.dq {
-            let kernels = with(args.dq.into.at())?;
-            context.kernel(&kernels.backward)?.launch(on, 0, blocks(&plan.backward, spec.kv_heads), &params)?;
-            let Some(of_dq) = kernels.dq else { return Ok(()) };
+        let main = self.kernels(spec, &inputs)?.backward;
+        if !main.adds_dq() {
+            params.problem = problem(on, spec, plan.backward.of(main.rows)?, &args.extras)?;
+            self.backward_main(on, &main, args, &params, None)?;
+            let of_dq = with(args.dq.into.at())?.dq;
+            let tiles = plan.dq.of(of_dq.rows)?;
             params.problem = problem(on, spec, tiles, &args.extras)?;
             params.dq = write(on, &args.dq.into)?;
             params.add = flag(&args.dq, BackwardParams::ADD_DQ);
             let entry = of_dq.entries.iter().position(|e| *e == "attention_backward_dq").unwrap_or(0);
-            return context.kernel(&of_dq)?.launch(on, entry, blocks(tiles, spec.heads), &params);
+            let blocks = tiles.count as usize * spec.heads;
+            return self.launch_backward(on, (&of_dq, entry, blocks), args, &params, None);
         }
         let (address, at) = self.atomic_dq(on, spec, args)?;
         params.dq = tensor(address, &at);
-        context.kernel(&with(&at)?.backward)?.launch(on, 0, blocks(&plan.backward, spec.kv_heads), &params)?;
+        let kernel = with(&at)?.backward;
+        params.problem = problem(on, spec, plan.backward.of(kernel.rows)?, &args.extras)?;
+        self.backward_main(on, &kernel, args, &params, Some(&at))?;
         if args.dq.into.dtype() != DType::F32 {
             let into = (address_mut(on, &args.dq.into)?, args.dq.into.at());
             self.add(on, into, &[params.dq])?;

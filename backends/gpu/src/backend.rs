@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use longspan_hal::{Backend, DType, DeviceInfo, Error, Finding, GroupId, Peak, Result, Transport};
+use longspan_hal::{Backend, DType, DeviceInfo, Error, Finding, GroupId, KernelClass, Peak, Result, Transport};
 
 use crate::findings::findings;
 use crate::group::new_id;
@@ -52,6 +52,11 @@ impl<V: Vendor> Backend for GpuBackend<V> {
 
     fn set_transport(wanted: Transport) -> Result<()> {
         V::machine().set_transport(wanted);
+        Ok(())
+    }
+
+    fn set_kernels(wanted: KernelClass) -> Result<()> {
+        V::machine().set_kernels(wanted);
         Ok(())
     }
 

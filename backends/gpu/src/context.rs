@@ -5,7 +5,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use longspan_dylib::Returned;
-use longspan_hal::{Error, Result};
+use longspan_hal::{Error, KernelClass, Result};
 use longspan_kernels::Target;
 
 use crate::driver::{Address, Driver, Handle, PoolProperties};
@@ -311,6 +311,7 @@ impl Figures {
                 how_to_get_it: "use a newer driver, outside of a restricted virtual machine".to_owned(),
             });
         }
+        let flash3 = machine.kernels()? != KernelClass::Flash2;
         let mut driver_version = 0;
         // SAFETY: `driver_version` is written.
         machine.check(driver, unsafe { driver.version(&mut driver_version) })?;
@@ -322,7 +323,7 @@ impl Figures {
             arch,
             units: ask(codes.units)?,
             cache_bytes: ask(codes.cache_bytes)? as usize,
-            target,
+            target: Target { flash3: target.flash3 && flash3, ..target },
             driver_version,
             priorities: [0; 2],
         })

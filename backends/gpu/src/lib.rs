@@ -48,6 +48,7 @@ mod plan;
 mod staging;
 mod stream;
 mod sync;
+mod tensor_map;
 
 pub use attention::GpuAttention;
 pub use backend::GpuBackend;

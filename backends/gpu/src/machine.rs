@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use std::sync::{Mutex, OnceLock};
 
 use longspan_dylib::{Library, Search};
-use longspan_hal::{DeviceInfo, Error, Result, Transport};
+use longspan_hal::{DeviceInfo, Error, KernelClass, Result, Transport};
 use longspan_kernels::{Prelude, Target};
 
 use crate::compiler::Compiler;
@@ -16,6 +16,7 @@ use crate::gemm::{Functions, Products};
 use crate::group::Groups;
 use crate::nccl::Nccl;
 use crate::sync::lock;
+use crate::tensor_map::TensorMaps;
 
 /// A vendor of GPUs whose driver has the shape of [`Driver`].
 pub trait Vendor: Debug + Send + Sync + 'static {
@@ -43,8 +44,10 @@ pub struct Machine {
     driver: OnceLock<Result<Driver>>,
     compiler: OnceLock<Result<Compiler>>,
     nccl: OnceLock<Result<Nccl>>,
+    tensor_maps: OnceLock<Result<TensorMaps>>,
     products: OnceLock<Result<Functions>>,
     transport: Mutex<Option<Transport>>,
+    kernels: Mutex<Option<KernelClass>>,
     contexts: Mutex<BTreeMap<u32, &'static Context>>,
     pub(crate) groups: Groups,
 }
@@ -154,8 +157,10 @@ impl Machine {
             driver: OnceLock::new(),
             compiler: OnceLock::new(),
             nccl: OnceLock::new(),
+            tensor_maps: OnceLock::new(),
             products: OnceLock::new(),
             transport: Mutex::new(None),
+            kernels: Mutex::new(None),
             contexts: Mutex::new(BTreeMap::new()),
             groups: Groups::new(),
         }
@@ -216,12 +221,42 @@ impl Machine {
         self.nccl.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
+    /// The driver's encoder of tensor maps, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub(crate) fn tensor_maps(&'static self) -> Result<&'static TensorMaps> {
+        let load = || TensorMaps::load(self.facts.driver.open()?);
+        self.tensor_maps.get_or_init(load).as_ref().map_err(Clone::clone)
+    }
+
     /// The library of matrix products, loaded by the first call.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
     pub(crate) fn products(&self, of: &Products) -> Result<&Functions> {
         self.products.get_or_init(|| of.load(self)).as_ref().map_err(Clone::clone)
+    }
+
+    /// The class of attention kernels: what was said, or else the variable `LONGSPAN_KERNEL`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for another word in the variable.
+    pub(crate) fn kernels(&self) -> Result<KernelClass> {
+        if let Some(wanted) = *lock(&self.kernels) {
+            return Ok(wanted);
+        }
+        match std::env::var("LONGSPAN_KERNEL").as_deref() {
+            Err(_) | Ok("" | "auto") => Ok(KernelClass::Auto),
+            Ok("flash2") => Ok(KernelClass::Flash2),
+            Ok("flash3") => Ok(KernelClass::Flash3),
+            Ok(other) => Err(Error::invalid("LONGSPAN_KERNEL", format!("{other:?} is not auto, flash2 or flash3"))),
+        }
+    }
+
+    /// Says which class of attention kernels devices use that are opened later.
+    pub(crate) fn set_kernels(&self, wanted: KernelClass) {
+        *lock(&self.kernels) = Some(wanted);
     }
 
     /// How messages are to travel, if that was said.

@@ -1,6 +1,8 @@
 //! Plans: the work lists of one spec and its slices, on the device.
 
-use longspan_hal::{Result, Slices, Spec};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use longspan_hal::{Error, KernelClass, Result, Slices, Spec};
 use longspan_kernels::params::{Piece, Tile};
 use longspan_kernels::specialize::sections;
 use longspan_kernels::{Specialization, View, WorkList};
@@ -18,13 +20,36 @@ pub struct GpuPlan {
     /// What was planned.
     pub(crate) spec: Spec,
     /// Query tiles of the forward.
-    pub(crate) forward: Tiles,
+    pub(crate) forward: Lists,
     /// Key tiles of the backward.
-    pub(crate) backward: Tiles,
+    pub(crate) backward: Lists,
     /// Query tiles of the dq kernel, where it is used.
-    pub(crate) dq: Option<Tiles>,
+    pub(crate) dq: Lists,
+    /// Whether the backward may add dq to f32 memory.
+    pub(crate) adds_dq: bool,
     lists: Buffer,
+    /// Offset of [`COUNTERS`] counters for kernels whose blocks take tiles by themselves.
+    counters: Address,
+    next_counter: AtomicUsize,
     ready: Event,
+}
+
+/// Launches in flight take different counters; more than these at once, on several streams, would share some.
+const COUNTERS: usize = 64;
+
+/// Work lists of one pass, by rows of a tile: kernels for views with and without tensor maps may have different ones.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lists(Vec<(u32, Tiles)>);
+
+impl Lists {
+    /// The list for a kernel with tiles of `rows` rows.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if none was planned.
+    pub(crate) fn of(&self, rows: u32) -> Result<&Tiles> {
+        let found = self.0.iter().find(|(r, _)| *r == rows).map(|(_, tiles)| tiles);
+        found.ok_or_else(|| Error::invalid("plan", format!("it has no tiles of {rows} rows")))
+    }
 }
 
 /// One work list.
@@ -47,30 +72,39 @@ impl GpuPlan {
     /// [`longspan_hal::Error::Unsupported`], [`longspan_hal::Error::Invalid`], [`longspan_hal::Error::OutOfMemory`].
     pub(crate) fn new(device: &GpuDevice, on: &GpuStream, spec: &Spec, slices: &Slices) -> Result<Self> {
         let context = device.context();
-        let kernels = Kernels::of(context, spec, View { aligned: true })?;
-        let dq = kernels.dq.as_ref().map(|k| WorkList::by_queries(spec, slices, k.rows)).transpose()?;
-        let forward = WorkList::by_queries(spec, slices, kernels.forward.rows)?;
-        let backward = WorkList::by_keys(spec, slices, kernels.backward.rows)?;
-        let mut bytes = Vec::new();
-        let mut lay = |list: &WorkList, section| {
-            let tiles = bytes.len() as Address;
-            bytes.extend_from_slice(tile_bytes(&list.tiles));
-            let pieces = bytes.len() as Address;
-            bytes.extend_from_slice(piece_bytes(&list.pieces));
-            Tiles { tiles, pieces, count: list.tiles.len() as u32, section }
-        };
-        // Half of the cache: the other half is for what is written.
-        let (by_queries, by_keys) = sections(spec, context.figures.cache_bytes / 2);
-        let (mut forward, mut backward) = (lay(&forward, by_queries), lay(&backward, by_keys));
-        let mut dq = dq.map(|list| lay(&list, by_queries));
-        let lists = device.alloc_bound(bytes.len())?;
-        for list in [Some(&mut forward), Some(&mut backward), dq.as_mut()].into_iter().flatten() {
+        // The rest of the cache is for what is written.
+        let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 8 * 5, context.figures.units);
+        let mut plan = Layout { bytes: vec![0; 4 * COUNTERS], of: [(); 3].map(|()| Lists::default()) };
+        let kernels = VIEWS.map(|view| Kernels::of(context, spec, view));
+        let adds_dq = kernels.iter().flatten().any(|k| k.backward.adds_dq());
+        let apart = kernels.iter().flatten().any(|k| !k.backward.adds_dq());
+        for kernels in kernels {
+            let kernels = kernels?;
+            let queries = |rows| WorkList::by_queries(spec, slices, rows, by_queries.batches);
+            plan.add(0, by_queries.heads, kernels.forward.rows, queries)?;
+            plan.add(1, by_keys.heads, kernels.backward.rows, |rows| {
+                WorkList::by_keys(spec, slices, rows, by_keys.batches)
+            })?;
+            if apart {
+                plan.add(2, by_queries.heads, kernels.dq.rows, queries)?;
+            }
+        }
+        let lists = device.alloc_bound(plan.bytes.len())?;
+        for (_, list) in plan.of.iter_mut().flat_map(|of| &mut of.0) {
             list.tiles += lists.address();
             list.pieces += lists.address();
         }
         lists.used_on(on)?;
-        device.upload_bound(on, &bytes, lists.address())?;
-        Ok(Self { spec: spec.clone(), forward, backward, dq, lists, ready: on.record(false)? })
+        device.upload_bound(on, &plan.bytes, lists.address())?;
+        let ([forward, backward, dq], counters) = (plan.of, lists.address());
+        let next_counter = AtomicUsize::new(0);
+        let (spec, ready) = (spec.clone(), on.record(false)?);
+        Ok(Self { spec, forward, backward, dq, adds_dq, lists, counters, next_counter, ready })
+    }
+
+    /// Address of a counter for one launch.
+    pub(crate) fn counter(&self) -> Address {
+        self.counters + 4 * (self.next_counter.fetch_add(1, Ordering::Relaxed) % COUNTERS) as Address
     }
 
     /// Bytes of the lists.
@@ -88,14 +122,39 @@ impl GpuPlan {
     }
 }
 
+/// What views may allow.
+const VIEWS: [View; 2] = [View { aligned: true, mapped: true }, View { aligned: true, mapped: false }];
+
+/// Lists as they will lie on the device.
+struct Layout {
+    bytes: Vec<u8>,
+    /// Of the forward, the backward and the dq kernel.
+    of: [Lists; 3],
+}
+
+impl Layout {
+    fn add(&mut self, to: usize, section: u32, rows: u32, make: impl Fn(u32) -> Result<WorkList>) -> Result<()> {
+        if self.of[to].0.iter().any(|(r, _)| *r == rows) {
+            return Ok(());
+        }
+        let list = make(rows)?;
+        let tiles = self.bytes.len() as Address;
+        self.bytes.extend_from_slice(tile_bytes(&list.tiles));
+        let pieces = self.bytes.len() as Address;
+        self.bytes.extend_from_slice(piece_bytes(&list.pieces));
+        self.of[to].0.push((rows, Tiles { tiles, pieces, count: list.tiles.len() as u32, section }));
+        Ok(())
+    }
+}
+
 /// The kernels that one spec uses.
 pub(crate) struct Kernels {
     /// The forward.
     pub forward: Specialization,
     /// dk and dv, and dq where it is added by atomics.
     pub backward: Specialization,
-    /// dq without atomics, where those are not used.
-    pub dq: Option<Specialization>,
+    /// dq where `backward` does not add it.
+    pub dq: Specialization,
 }
 
 impl Kernels {
@@ -105,12 +164,21 @@ impl Kernels {
     /// [`longspan_hal::Error::Unsupported`], [`longspan_hal::Error::Invalid`].
     pub(crate) fn of(context: &Context, spec: &Spec, view: View) -> Result<Self> {
         let (name, target) = (context.machine.facts().name, context.figures.target);
-        let dq = || Specialization::backward_dq(name, spec, target, view);
-        Ok(Self {
+        let kernels = Self {
             forward: Specialization::forward(name, spec, target, view)?,
             backward: Specialization::backward(name, spec, target, view)?,
-            dq: (!Specialization::atomics(spec)).then(dq).transpose()?,
-        })
+            dq: Specialization::backward_dq(name, spec, target, view)?,
+        };
+        let flash3 = kernels.forward.box_rows > 0 && kernels.backward.box_rows > 0;
+        if context.machine.kernels()? == KernelClass::Flash3 && view.mapped && !flash3 {
+            return Err(Error::Unsupported {
+                backend: name,
+                what: format!("kernels of class flash3 for {} of head size {} here", spec.dtype, spec.head_dim),
+                instead: "16-bit elements, head sizes in multiples of 8, on compute capability 9.0 are; or auto"
+                    .to_owned(),
+            });
+        }
+        Ok(kernels)
     }
 }
 

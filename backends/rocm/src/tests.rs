@@ -81,7 +81,7 @@ fn the_compiler_makes_machine_code_for_gfx90a() {
     use longspan_kernels::{Specialization, View};
     let Ok(compiler) = Amd::machine().compiler() else { return };
     let known = Target::amd("gfx90a", 64 << 10, 64 << 10).expect("known");
-    let view = View { aligned: true };
+    let view = View { aligned: true, mapped: false };
     let spec = |dtype| Spec::new(dtype, 1, [64, 64], [2, 1], 64);
     let bf16 = spec(DType::Bf16).with_softcap(Some(20.0)).with_deterministic(true);
     let kernels = [

@@ -70,7 +70,7 @@ fn main() -> ExitCode {
     let wanted = |c: &Case<Rocm>| {
         (options.tier == Tier::Full || c.tier == Tier::Quick) && (whole || !known.contains(&format!("{:?}", c.name)))
     };
-    let table = cases::table::<Rocm>("rocm", options.seed).into_iter().filter(wanted).step_by(step).collect();
+    let table = cases::table::<Rocm>("rocm", options.seed, false).into_iter().filter(wanted).step_by(step).collect();
     let loud = variable("LONGSPAN_LOUD").is_some();
     let mut seen = |case: &CaseReport, done: usize, all: usize| {
         if loud || matches!(case.outcome, Outcome::Fail | Outcome::NoMachine) {

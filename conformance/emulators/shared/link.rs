@@ -15,6 +15,8 @@ use crate::state::{CONFIG, lock};
 const ACK: u8 = 1;
 /// A message.
 pub const DATA: u8 = 2;
+/// A message of an all-to-all.
+pub const ALL_TO_ALL: u8 = 4;
 /// A rank is at a barrier.
 pub const BARRIER: u8 = 3;
 

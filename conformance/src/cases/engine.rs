@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use longspan::{Engine, Extra, Tensor, on_ranks, on_ranks_within};
-use longspan_hal::{Backend, DType, Error};
+use longspan::{Engine, Extra, Tensor, in_group, on_ranks, on_ranks_within};
+use longspan_hal::{Backend, DType, Error, GroupId};
 use longspan_seqpar::{Layout, Mask, Mesh, Placement, Problem};
 use ndarray::Axis;
 
@@ -14,20 +14,22 @@ use crate::bound::{factor, judge};
 use crate::oracle::{self, Answer};
 use crate::rank::{Failure, Rank, array, check, check_invalid};
 
-/// The cases of this file for the backend that the facade knows as `name`.
-pub fn cases<B: Backend>(name: &str) -> Vec<Case<B>> {
+/// The cases of this file for the backend that the facade knows as `name`. The facade starts their ranks, or, with `processes`,
+/// makes those that a launcher started into a group of its own.
+pub fn cases<B: Backend>(name: &str, processes: bool) -> Vec<Case<B>> {
+    let ranks = |n| if processes { n } else { 1 };
     let of = || name.to_owned();
     let (first, second) = (of(), of());
     let mut cases = vec![
         Case::new("engine/calls-out-of-order-f32", 1, move |_| out_of_order(&first)),
-        Case::new("engine/lost-ranks-are-named", 1, move |_| lost_ranks(&second)),
+        Case::new("engine/lost-ranks-are-named", ranks(3), move |rank| lost_ranks(rank, &second)),
         Case::new("engine/unknown-backends-are-refused", 1, |_| unknown_backend()),
     ];
     for dtype in [DType::Bf16, DType::F16, DType::F32] {
         for (u, r, words) in [(1, 1, ""), (4, 1, ""), (2, 2, "-partial"), (1, 3, "-partial")] {
             let case = format!("engine/run-u{u}r{r}-{dtype}{words}");
             let name = of();
-            cases.push(Case::new(case, 1, move |rank| run(rank, &name, dtype, u, r)));
+            cases.push(Case::new(case, ranks(u * r), move |rank| run(rank, &name, dtype, u, r)));
         }
     }
     cases
@@ -48,7 +50,7 @@ fn run<B: Backend>(rank: &mut Rank<B>, name: &str, dtype: DType, u: u32, r: u32)
     let Some(dlse) = &whole.incoming.dlse else { return Err(Failure::wrong("dlse was asked for")) };
     let dlse = host(DType::F32, &dlse.clone().insert_axis(Axis(3)))?;
     let layout = &setup.q;
-    let results = on_ranks(name, &mesh, |engine| {
+    let results = everywhere(rank, name, &mesh, |engine| {
         let mine = |x: &Tensor| x.shard(layout, engine.rank());
         let (shards, dout, dlse) = ([mine(&q)?, mine(&k)?, mine(&v)?], mine(&dout)?, mine(&dlse)?);
         engine.prepare(&setup.problem, [layout, layout], &setup.mask)?;
@@ -58,17 +60,53 @@ fn run<B: Backend>(rank: &mut Rank<B>, name: &str, dtype: DType, u: u32, r: u32)
         let back = engine.backward(&dout, Some(&dlse))?;
         bytes_match(engine)?;
         Ok(([forward.out, forward.lse, back.dq, back.dk, back.dv], back.dsinks))
-    });
-    let results = match results {
-        Err(error @ Error::Unsupported { .. }) => return Err(Failure::Refused(error.to_string())),
-        other => other?,
-    };
+    })?;
     let joined = |i: usize| -> Result<Vec<f32>, Error> {
         let shards: Vec<Tensor> = results.iter().map(|(tensors, _)| tensors[i].clone()).collect();
         Ok(Tensor::unshard(layout, &shards)?.to_f32())
     };
     let got = [joined(0)?, joined(1)?, joined(2)?, joined(3)?, joined(4)?];
     judge_all(&setup, &whole, got, results[0].1.as_deref())
+}
+
+/// What the ranks gave back, in rank order: the shards of five tensors, and the sinks' gradient.
+type Shards = ([Tensor; 5], Option<Vec<f32>>);
+
+/// Runs `body` on every rank of `mesh`; what all gave back, on every process.
+fn everywhere<B: Backend>(
+    rank: &Rank<B>,
+    name: &str,
+    mesh: &Mesh,
+    body: impl Fn(&mut dyn Engine) -> Result<Shards, Error> + Sync,
+) -> Result<Vec<Shards>, Failure> {
+    let refused = |error| match error {
+        Error::Unsupported { .. } => Failure::Refused(error.to_string()),
+        other => other.into(),
+    };
+    if !rank.processes {
+        return on_ranks(name, mesh, body).map_err(refused);
+    }
+    let (tensors, dsinks) = own(rank, body)?.map_err(refused)?;
+    let mut shards: Vec<Vec<Tensor>> = (0..mesh.size()).map(|_| Vec::new()).collect();
+    for tensor in &tensors {
+        for (list, bytes) in shards.iter_mut().zip(rank.share(tensor.to_bytes())?.iter()) {
+            list.push(Tensor::from_bytes(bytes)?);
+        }
+    }
+    let missing = |_| Failure::wrong("a rank shared another number of tensors");
+    shards.into_iter().map(|list| Ok((list.try_into().map_err(missing)?, dsinks.clone()))).collect()
+}
+
+/// Runs `body` on this process's rank of a group of all.
+fn own<B: Backend, T>(
+    rank: &Rank<B>,
+    body: impl FnOnce(&mut dyn Engine) -> Result<T, Error>,
+) -> Result<Result<T, Error>, Failure> {
+    let id = if rank.index() == 0 { B::group_id()?.0 } else { Vec::new() };
+    let id = GroupId(rank.share(id)?[0].clone());
+    let result = in_group::<B, T>(&rank.info, &id, [rank.index(), rank.size()], Duration::from_secs(10), body);
+    rank.share(Vec::new())?;
+    Ok(result)
 }
 
 fn bytes_match(engine: &dyn Engine) -> Result<(), Error> {
@@ -133,13 +171,13 @@ fn out_of_order(name: &str) -> Result<(), Failure> {
 }
 
 /// A rank that panics, and one that gives up: the others are told which it was, soon.
-fn lost_ranks(name: &str) -> Result<(), Failure> {
+fn lost_ranks<B: Backend>(rank: &Rank<B>, name: &str) -> Result<(), Failure> {
     let mesh = Mesh::new(3, 1, Placement::UlyssesInner)?;
     let layout = Layout::contiguous(12, &mesh);
     let problem = Problem::new(DType::F32, 1, [3, 3], 8);
     for panics in [false, true] {
         let start = std::time::Instant::now();
-        let results = on_ranks_within(name, &mesh, Duration::from_secs(10), |engine| {
+        let body = |engine: &mut dyn Engine| {
             engine.prepare(&problem, [&layout, &layout], &Mask::full())?;
             if engine.rank() == 1 {
                 if panics {
@@ -149,8 +187,13 @@ fn lost_ranks(name: &str) -> Result<(), Failure> {
             }
             let x = Tensor::normal(DType::F32, [1, layout.rows(engine.rank()), 3, 8], 1);
             (0..3).try_for_each(|_| engine.forward([&x, &x, &x], &Extra::default()).map(drop))
-        })?;
-        for (r, result) in results.iter().enumerate().filter(|(r, _)| *r != 1) {
+        };
+        let results: Vec<(usize, Result<(), Error>)> = if rank.processes {
+            vec![(rank.index() as usize, own(rank, body)?)]
+        } else {
+            on_ranks_within(name, &mesh, Duration::from_secs(10), body)?.into_iter().enumerate().collect()
+        };
+        for (r, result) in results.iter().filter(|(r, _)| *r != 1) {
             let told = matches!(result, Err(Error::PeerLost { rank: 1, .. }));
             check(told, || format!("rank 1 was lost (panic: {panics}); rank {r} got {result:?}"))?;
         }

@@ -63,6 +63,9 @@ fn dropout_mask<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     (spec.batch_first, spec.head_dim_v) = (5, keys);
     let slice = |b| Slice { q_pos: 1001, k_pos: 77, q_step: 3, k_step: 5, ..Slice::full(b, 0..60, 0..128) };
     let config = Config::new(spec, vec![slice(0), slice(1)]);
+    if let Err(error) = rank.attention.supports(&config.spec) {
+        return Err(problem::refusal(rank, &config, error)?);
+    }
     let spec = &config.spec;
     let mut random = rank.random();
     let (grid, mut values) = (Grid::new(spec, &config.slices), Values::random(&config, &mut random));
@@ -85,6 +88,9 @@ fn dropout_mask<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
 fn seed_on_device<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     let spec = Spec::new(DType::F32, 1, [40, 40], [2, 2], 16).with_dropout(Some(0.3));
     let config = Config::new(spec.clone(), slices::causal(&spec));
+    if let Err(error) = rank.attention.supports(&config.spec) {
+        return Err(problem::refusal(rank, &config, error)?);
+    }
     let mut random = rank.random();
     let (grid, values) = (Grid::new(&spec, &config.slices), Values::random(&config, &mut random));
     let loaded = Loaded::new(rank, &config, &grid, &values, &mut random)?;
@@ -108,7 +114,9 @@ fn seed_on_device<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
 fn deterministic<B: Backend>(rank: &mut Rank<B>, dtype: DType) -> Result<(), Failure> {
     let spec = Spec::new(dtype, 2, [150, 150], [4, 2], 64).with_deterministic(true).with_sinks(true);
     let config = Config::new(spec.clone(), slices::causal(&spec));
-    rank.attention.supports(&config.spec)?;
+    if let Err(error) = rank.attention.supports(&config.spec) {
+        return Err(problem::refusal(rank, &config, error)?);
+    }
     let mut bytes = Vec::new();
     for _ in 0..3 {
         let mut random = rank.random();

@@ -114,8 +114,8 @@ impl<B: Backend> Case<B> {
 }
 
 /// Every case of both tiers; those of the facade where it knows a backend `name`. `seed` chooses the configurations of the
-/// sweeps; names of sweeps name their options.
-pub fn table<B: Backend>(name: &str, seed: u64) -> Vec<Case<B>> {
+/// sweeps; names of sweeps name their options. `processes`: whether every rank is a process of its own.
+pub fn table<B: Backend>(name: &str, seed: u64, processes: bool) -> Vec<Case<B>> {
     let mut cases = Vec::new();
     cases.extend(device::cases());
     cases.extend(stream::cases());
@@ -124,7 +124,7 @@ pub fn table<B: Backend>(name: &str, seed: u64) -> Vec<Case<B>> {
     cases.extend(attention::cases(seed));
     cases.extend(seqpar::cases(seed));
     if longspan::backends().contains(&name) {
-        cases.extend(engine::cases(name));
+        cases.extend(engine::cases(name, processes));
     }
     cases
 }

@@ -24,7 +24,10 @@ Start with:
   longspan doctor
   longspan run --synthetic 1,2048,8,2,64 --mask causal --layout zigzag --ring 4 --backward --verify
   longspan layout --seq 64 --ulysses 2 --ring 2 --layout zigzag --mask causal
-  longspan bench --seq 4096 --sweep S --html bench.html"
+  longspan bench --seq 4096 --sweep S --html bench.html
+
+Ranks are threads, or with a backend such as mpi the processes that a launcher started:
+  mpirun -n 4 longspan run --backend mpi --synthetic 1,2048,8,2,64 --ulysses 2 --ring 2 --verify"
 )]
 pub struct Args {
     /// What to do.
@@ -47,6 +50,13 @@ pub enum Command {
     Layout(LayoutArgs),
     /// Run attention over ranks, forward and backward, and verify the result
     Run(Box<Run>),
+    /// Keep the board of a job whose ranks are processes; process 0 starts it by itself
+    #[command(hide = true)]
+    Witness {
+        /// Ranks are on other hosts too
+        #[arg(long)]
+        network: bool,
+    },
 }
 
 /// `longspan run`.
@@ -76,6 +86,9 @@ pub struct Run {
     /// How messages travel between GPUs [default: what LONGSPAN_EXCHANGE says, else auto]
     #[arg(long, value_enum)]
     pub exchange: Option<Exchange>,
+    /// Class of the attention kernels, where the backend has a choice
+    #[arg(long, value_enum, value_name = "CLASS")]
+    pub kernel: Option<Kernel>,
     /// Compute gradients too (of dout in the file, or of a seeded normal one)
     #[arg(long)]
     pub backward: bool,
@@ -85,6 +98,12 @@ pub struct Run {
     /// Write the results to this safetensors file
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Write what every rank did when, for ui.perfetto.dev: a process per rank, a row per stream, arrows for messages
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
+    /// Draw what every rank did when
+    #[arg(long, value_name = "FILE.svg")]
+    pub timeline: Option<PathBuf>,
     /// Give up a wait for another rank after this many seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub limit: u64,
@@ -170,6 +189,9 @@ pub struct Bench {
     /// How messages travel between GPUs [default: what LONGSPAN_EXCHANGE says, else auto]
     #[arg(long, value_enum)]
     pub exchange: Option<Exchange>,
+    /// Class of the attention kernels, where the backend has a choice
+    #[arg(long, value_enum, value_name = "CLASS")]
+    pub kernel: Option<Kernel>,
     /// Measure backward, and a step of forward and backward, too
     #[arg(long)]
     pub backward: bool,
@@ -256,6 +278,17 @@ pub struct DoctorArgs {
     pub probe: Option<String>,
 }
 
+/// Class of the attention kernels.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Kernel {
+    /// The fastest that can do the work
+    Auto,
+    /// FlashAttention-2 class
+    Flash2,
+    /// FlashAttention-3 class (Hopper): what it can't do is refused
+    Flash3,
+}
+
 /// How messages travel between GPUs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Exchange {
@@ -291,8 +324,11 @@ pub struct LayoutArgs {
     #[arg(long, value_name = "0,...,S", value_delimiter = ',')]
     pub cu_seqlens: Option<Vec<i32>>,
     /// Show the steps of this ring rank only [default: all, up to 8]
-    #[arg(long, value_name = "RANK")]
+    #[arg(long, value_name = "RANK", conflicts_with = "svg")]
     pub ring_rank: Option<u32>,
+    /// Draw it: who holds which tokens, and the mask of every step coloured by ring rank
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
 }
 
 /// `longspan conformance`.
@@ -304,6 +340,9 @@ pub struct Conformance {
     /// How messages travel between GPUs [default: what LONGSPAN_EXCHANGE says, else auto]
     #[arg(long, value_enum)]
     pub exchange: Option<Exchange>,
+    /// Class of the attention kernels, where the backend has a choice
+    #[arg(long, value_enum, value_name = "CLASS")]
+    pub kernel: Option<Kernel>,
     /// How the CPU behaves: it can stand in for the habits of other vendors
     #[arg(long, value_enum, default_value_t)]
     pub personality: Personality,
@@ -313,9 +352,9 @@ pub struct Conformance {
     /// Run only cases whose name contains this
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,
-    /// The most ranks that a case may use
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=8))]
-    pub ranks: u32,
+    /// The most ranks that a case may use [default: 8, or as many as there are processes]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub ranks: Option<u32>,
     /// Seed of the cases' random choices
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub seed: u64,

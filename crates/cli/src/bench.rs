@@ -32,7 +32,7 @@ use crate::{backends, output, progress};
 /// [`Failure::Input`] for bad usage, or if nothing could be measured since the backend refused it; [`Failure::Run`].
 pub fn bench(args: &Bench) -> Result<()> {
     backends::check(&args.backend)?;
-    backends::choose(&args.backend, args.exchange)?;
+    backends::choose(&args.backend, args.exchange, args.kernel)?;
     for path in [&args.json, &args.html].into_iter().flatten() {
         output::check(path, None)?;
     }

@@ -1,17 +1,19 @@
 //! `longspan conformance`: one suite judges a backend.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use indicatif::ProgressBar;
-use longspan::{DeviceInfo, Visit};
+use longspan::{DeviceInfo, Processes, Visit};
 use longspan_conformance::{Options, Outcome, Report, Tier, expectations};
 use longspan_hal::Backend;
 
 use crate::args::{Conformance, Personality, TierArg};
 use crate::failure::{Failure, Result};
+use crate::processes::{Job, together};
 use crate::report::say;
-use crate::{backends, doctor, output, progress};
+use crate::{backends, doctor, output, processes, progress};
 
 /// Runs the suite as the command line says.
 ///
@@ -20,15 +22,20 @@ use crate::{backends, doctor, output, progress};
 pub fn conformance(args: &Conformance) -> Result<()> {
     let selector = selector(args)?;
     backends::check(&selector)?;
-    backends::choose(&selector, args.exchange)?;
-    if let Some(path) = &args.json {
-        output::check(path, None)?;
-    }
+    backends::choose(&selector, args.exchange, args.kernel)?;
+    processes::within(&selector, |job| judge(args, &selector, job))
+}
+
+fn judge(args: &Conformance, selector: &str, job: Option<&Job>) -> Result<()> {
+    let leads = job.is_none_or(Job::leads);
+    let checked = args.json.as_ref().filter(|_| leads).map_or(Ok(()), |path| output::check(path, None));
+    together(job, "checks", checked)?;
     let bar = progress::bar("judging");
-    let report = longspan::select(&selector, Suite { args, bar: &bar, name: name(&selector) });
+    let processes = job.map(|job| Arc::clone(&job.processes));
+    let report = longspan::select(selector, Suite { args, bar: &bar, name: name(selector), processes });
     bar.finish_and_clear();
-    let report = report?;
-    if let Some(path) = &args.json {
+    let report = together(job, "suite", report.map_err(Failure::from))?;
+    if let Some(path) = args.json.as_ref().filter(|_| leads) {
         write(path, &report)?;
     }
     say(&format!("{}\n", report.summary()))?;
@@ -40,23 +47,26 @@ struct Suite<'a> {
     bar: &'a ProgressBar,
     /// The backend's name in the report, without devices.
     name: String,
+    processes: Option<Arc<Processes>>,
 }
 
 impl Visit for Suite<'_> {
     type Output = Report;
 
     fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> longspan::Result<Report> {
+        let leads = self.processes.as_ref().is_none_or(|p| p.rank() == 0);
         let options = Options {
             tier: match self.args.tier {
                 TierArg::Full => Tier::Full,
                 TierArg::Quick => Tier::Quick,
             },
             filter: self.args.filter.clone(),
-            ranks: self.args.ranks,
+            ranks: self.args.ranks.unwrap_or_else(|| self.processes.as_ref().map_or(8, |p| p.size().min(8))),
             seed: self.args.seed,
             expectations: expectations::built_in(&self.name).to_owned(),
             devices,
             name: self.name,
+            processes: self.processes,
             limit: Duration::from_secs(self.args.limit),
             machine: doctor::machine_line(),
             date: today(),
@@ -65,7 +75,7 @@ impl Visit for Suite<'_> {
         longspan_conformance::run::<B>(&options, &mut |case, done, all| {
             self.bar.set_length(all as u64);
             self.bar.set_position(done as u64);
-            if case.outcome == Outcome::Fail {
+            if case.outcome == Outcome::Fail && leads {
                 self.bar.suspend(|| eprintln!("FAIL {}", case.name));
             }
         })

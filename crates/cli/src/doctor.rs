@@ -54,9 +54,19 @@ const CUDA: [Need; 4] = [
     Need { what: "NCCL", kind: Kind::Library("libnccl"), how: "pip install nvidia-nccl-cu13, or install libnccl2" },
 ];
 
-const MPI: [Need; 2] = [
+const MPI: [Need; 4] = [
     Need { what: "launcher", kind: Kind::Program("mpirun"), how: "apt install openmpi-bin, or pip install mpich" },
     Need { what: "library", kind: Kind::Library("libmpi"), how: "apt install libopenmpi-dev, or pip install mpich" },
+    Need {
+        what: "compiler, to build",
+        kind: Kind::Program("mpicc"),
+        how: "apt install libopenmpi-dev, or pip install mpich and set MPICC",
+    },
+    Need {
+        what: "libclang, to build",
+        kind: Kind::Library("libclang"),
+        how: "apt install libclang-dev, or pip install libclang and set LIBCLANG_PATH; then build with --features mpi",
+    },
 ];
 
 const ROCM: [Need; 4] = [
@@ -209,6 +219,7 @@ mod tests {
         assert!(line("(libnccl)").contains("libnccl.so.2"), "{text}");
         assert!(line("(librccl)").contains("no") && line("(librccl)").contains("install ROCm's rccl"), "{text}");
         assert!(line("(mpirun)").contains("apt install openmpi-bin"), "{text}");
+        assert!(line("(libclang)").contains("libclang-dev") && line("(libclang)").contains("--features mpi"), "{text}");
         for heading in ["This machine", "Backends in this build", "cores", "memory"] {
             assert!(text.contains(heading), "{heading} in {text}");
         }

@@ -2,31 +2,97 @@
 
 use std::time::Duration;
 
-use longspan::{Engine, Error, Extra, Forwarded, Gradients as Shards, Layout, Problem, Tensor, Work};
+use longspan::{
+    DeviceReport, Engine, Error, Extra, Forwarded, Gradients as Shards, Layout, Problem, Tensor, Traffic, Work,
+};
+use longspan_peers::{Fields, Reader};
 
 use crate::failure::{Failure, Result};
 use crate::fault::Fault;
 use crate::job::Job;
-use crate::results::{Gradients, RankFigures, Results};
+use crate::processes;
+use crate::results::{Gradients, RankFigures, Recorded, Results};
 
-/// Runs `job` on the backend that `selector` names, a thread a rank; `limit` bounds every wait for another rank.
+/// Runs `job` on the backend that `selector` names, a thread a rank; `limit` bounds every wait for another rank. With
+/// `recorded`, times of the ranks will be comparable, and the results have them.
 ///
 /// # Errors
 /// [`Failure::Input`] if the backend refuses the job, before anything runs; [`Failure::Run`] with what every rank says, the
 /// cause first.
-pub fn run(job: &Job, selector: &str, limit: Duration, fault: Option<Fault>) -> Result<Results> {
-    let ranks = longspan::on_ranks_within(selector, job.mesh(), limit, |engine| rank(job, engine, fault))?;
-    gather(job, done(ranks)?)
+pub fn run(job: &Job, selector: &str, limit: Duration, fault: Option<Fault>, recorded: bool) -> Result<Results> {
+    let ranks = longspan::on_ranks_within(selector, job.mesh(), limit, |engine| rank(job, engine, fault, recorded))?;
+    gather(job, done(ranks)?, recorded)
+}
+
+/// Collective: runs this process's rank of `job`; the results of all, on process 0, without what they did when.
+///
+/// # Errors
+/// As [`run`], the same on every process; a process that lost the others keeps its own.
+pub fn run_part(
+    job: &Job,
+    processes: &processes::Job,
+    selector: &str,
+    limit: Duration,
+    fault: Option<Fault>,
+) -> Result<Option<Results>> {
+    let own = processes.processes.on_rank(selector, job.mesh(), limit, |engine| rank(job, engine, fault, false));
+    let own = processes.together("run", own.map_err(Failure::from))?;
+    let all = processes.gather("results", own.to_bytes())?;
+    if !processes.leads() {
+        return Ok(None);
+    }
+    let all = all.iter().map(|bytes| Rank::from_bytes(bytes)).collect::<longspan::Result<Vec<_>>>()?;
+    gather(job, all, false).map(Some)
 }
 
 /// What one rank gives back.
+#[derive(Debug)]
 struct Rank {
     forward: Forwarded,
     gradients: Option<Shards>,
     figures: RankFigures,
+    /// What it did when, and what it sent, where that is wanted.
+    recorded: Option<(DeviceReport, [Vec<Traffic>; 2])>,
 }
 
-fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>) -> longspan::Result<Rank> {
+impl Rank {
+    /// For process 0.
+    fn to_bytes(&self) -> Vec<u8> {
+        let Self { forward, gradients, figures, recorded: _ } = self;
+        let mut said = figures.numbers().into_iter().fold(Fields::default(), Fields::number);
+        for tensor in [&forward.out, &forward.lse] {
+            said = said.bytes(&tensor.to_bytes());
+        }
+        let Some(Shards { dq, dk, dv, dsinks, .. }) = gradients else { return said.number(0).0 };
+        said = [dq, dk, dv].into_iter().fold(said.number(1), |f, tensor| f.bytes(&tensor.to_bytes()));
+        let sinks = dsinks.as_ref().map_or(&[][..], Vec::as_slice);
+        let said = said.number(u64::from(dsinks.is_some())).number(sinks.len() as u64);
+        sinks.iter().fold(said, |f, x| f.number(u64::from(x.to_bits()))).0
+    }
+
+    fn from_bytes(bytes: &[u8]) -> longspan::Result<Self> {
+        let mut fields = Reader(bytes);
+        let unreadable = |_| Error::invalid("results", "those of another process can't be read");
+        let mut numbers = [0; RankFigures::NUMBERS];
+        for number in &mut numbers {
+            *number = fields.number().map_err(unreadable)?;
+        }
+        let tensor = |fields: &mut Reader<'_>| Tensor::from_bytes(fields.bytes().map_err(unreadable)?);
+        let forward = Forwarded { out: tensor(&mut fields)?, lse: tensor(&mut fields)?, joint: None };
+        let gradients = if fields.number().map_err(unreadable)? == 1 {
+            let [dq, dk, dv] = [tensor(&mut fields)?, tensor(&mut fields)?, tensor(&mut fields)?];
+            let (some, count) = (fields.number().map_err(unreadable)? == 1, fields.number().map_err(unreadable)?);
+            let sinks = (0..count).map(|_| Ok(f32::from_bits(fields.number().map_err(unreadable)? as u32)));
+            let sinks = sinks.collect::<longspan::Result<Vec<_>>>()?;
+            Some(Shards { dq, dk, dv, joint: None, dsinks: some.then_some(sinks) })
+        } else {
+            None
+        };
+        Ok(Self { forward, gradients, figures: RankFigures::of(numbers), recorded: None })
+    }
+}
+
+fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>, recorded: bool) -> longspan::Result<Rank> {
     let (q_layout, k_layout, rank) = (&job.q_layout, &job.k_layout, engine.rank());
     let workspace = engine.prepare(&problem(job), [q_layout, k_layout], &job.mask)?;
     let extra = Extra {
@@ -36,6 +102,9 @@ fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>) -> longspan::R
         joint: None,
     };
     let [q, k, v] = [job.q.shard(q_layout, rank)?, job.k.shard(k_layout, rank)?, job.v.shard(k_layout, rank)?];
+    if recorded {
+        engine.meet()?;
+    }
     let mut forward = engine.forward([&q, &k, &v], &extra)?;
     if let Some(fault) = fault {
         fault.strike(engine, &mut forward)?;
@@ -44,8 +113,12 @@ fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>) -> longspan::R
         Some(dout) => Some(engine.backward(&dout.shard(q_layout, rank)?, None)?),
         None => None,
     };
-    let figures = figures(job, engine, workspace.total() as u64)?;
-    Ok(Rank { forward, gradients, figures })
+    let report = engine.report()?;
+    let plan = engine.plan().ok_or_else(|| Error::Invalid { what: "engine", why: "it has no plan".into() })?;
+    let backward = if job.dout.is_some() { plan.traffic(true)? } else { Vec::new() };
+    let traffic = [plan.traffic(false)?, backward];
+    let figures = figures(q_layout.rows(rank), &report, &traffic, workspace.total() as u64);
+    Ok(Rank { forward, gradients, figures, recorded: recorded.then_some((report, traffic)) })
 }
 
 fn problem(job: &Job) -> Problem {
@@ -62,19 +135,11 @@ fn problem(job: &Job) -> Problem {
         .with_backward(job.dout.is_some())
 }
 
-fn figures(job: &Job, engine: &dyn Engine, predicted: u64) -> longspan::Result<RankFigures> {
-    let report = engine.report()?;
+fn figures(rows: usize, report: &DeviceReport, traffic: &[Vec<Traffic>; 2], predicted: u64) -> RankFigures {
     let [(compute, _), (exchange, sent)] = [report.total(Work::Compute), report.total(Work::Exchange)];
-    let plan = engine.plan().ok_or_else(|| Error::Invalid { what: "engine", why: "it has no plan".into() })?;
-    let mut table = 0;
-    for backward in [false, true] {
-        if !backward || job.dout.is_some() {
-            table += plan.traffic(backward)?.iter().map(|message| message.bytes).sum::<u64>();
-        }
-    }
+    let table = traffic.iter().flatten().map(|message| message.bytes).sum();
     let peak = report.memory.peak.saturating_sub(report.tensor_bytes);
-    let rows = job.q_layout.rows(engine.rank());
-    Ok(RankFigures { rows, compute, exchange, sent, table, peak, predicted })
+    RankFigures { rows, compute, exchange, sent, table, peak, predicted }
 }
 
 /// The ranks' results, or one failure for all: the error of a rank that failed by itself comes before those of ranks that
@@ -96,7 +161,7 @@ pub(crate) fn done<T>(ranks: Vec<longspan::Result<T>>) -> Result<Vec<T>> {
     }
 }
 
-fn gather(job: &Job, ranks: Vec<Rank>) -> Result<Results> {
+fn gather(job: &Job, ranks: Vec<Rank>, recorded: bool) -> Result<Results> {
     let whole = |layout: &Layout, shard: &dyn Fn(&Rank) -> Option<Tensor>| {
         let shards: Vec<Tensor> = ranks.iter().filter_map(shard).collect();
         Tensor::unshard(layout, &shards)
@@ -116,5 +181,9 @@ fn gather(job: &Job, ranks: Vec<Rank>) -> Result<Results> {
         lse: whole(&job.q_layout, &|rank| Some(rank.forward.lse.clone()))?,
         gradients,
         ranks: ranks.iter().map(|rank| rank.figures).collect(),
+        recorded: recorded.then(|| {
+            let (reports, traffic) = ranks.into_iter().filter_map(|rank| rank.recorded).unzip();
+            Recorded { reports, traffic }
+        }),
     })
 }

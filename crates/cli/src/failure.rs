@@ -15,6 +15,8 @@ pub enum Failure {
     Input(String),
     /// The run failed. Exit code 1.
     Run(String),
+    /// Another process of the job says it. The exit code is the same.
+    Said(u8),
     /// The run ended, but a result is outside its bound. Exit code 3.
     Verification(String),
 }
@@ -32,11 +34,17 @@ impl Failure {
 
     /// The exit code: 1 failed run, 2 bad usage or input, 3 verification failed.
     pub fn exit_code(&self) -> ExitCode {
-        ExitCode::from(match self {
+        ExitCode::from(self.code())
+    }
+
+    /// The exit code as a number.
+    pub fn code(&self) -> u8 {
+        match self {
             Self::Run(_) => 1,
             Self::Input(_) => 2,
             Self::Verification(_) => 3,
-        })
+            Self::Said(code) => *code,
+        }
     }
 }
 
@@ -44,6 +52,7 @@ impl Display for Failure {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Input(why) | Self::Run(why) => f.write_str(why),
+            Self::Said(_) => f.write_str("process 0 says why"),
             Self::Verification(why) => write!(f, "verification failed: {why}"),
         }
     }

@@ -1,12 +1,12 @@
 //! `longspan layout`: who holds which tokens, and what each step of the ring computes.
 
-use longspan::Mesh;
-use longspan_seqpar::picture::{self, Balance};
+use longspan::{Layout, Mask, Mesh};
+use longspan_seqpar::picture::{Balance, holders, steps};
 
 use crate::args::LayoutArgs;
 use crate::failure::{Failure, Result};
-use crate::job;
 use crate::report::say;
+use crate::{job, output, picture};
 
 /// Ring ranks whose steps are shown unless one is named.
 const RING_RANKS: u32 = 8;
@@ -17,19 +17,36 @@ const BALANCED: u32 = 256;
 /// Columns, unless the terminal says otherwise.
 const WIDTH: usize = 110;
 
-/// Prints the picture.
+/// Prints the picture, or draws it to a file.
 ///
 /// # Errors
-/// [`Failure::Input`] if the cut or the mask does not fit the sequence.
+/// [`Failure::Input`] if the cut or the mask does not fit the sequence, or the file can't be written.
 pub fn layout(args: &LayoutArgs) -> Result<()> {
-    say(&text(args, width())?)
+    let Some(path) = &args.svg else {
+        return say(&text(args, width())?);
+    };
+    output::check(path, None)?;
+    output::write_text(path, &svg(args)?)?;
+    say(&format!("Drew the layout to {}\n", path.display()))
 }
 
-fn text(args: &LayoutArgs, width: usize) -> Result<String> {
+fn svg(args: &LayoutArgs) -> Result<String> {
+    let (layout, mask) = cut(args)?;
+    picture::layout::layout(&layout, &mask)
+}
+
+/// The layout and the mask; they fit each other.
+fn cut(args: &LayoutArgs) -> Result<(Layout, Mask)> {
     let mesh = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement)?;
     let layout = job::layout(args.cut.layout, args.seq, &mesh);
     let mask = job::mask(&args.cut, args.cu_seqlens.as_deref(), args.seq)?;
     mask.check(args.seq, args.seq)?;
+    Ok((layout, mask))
+}
+
+fn text(args: &LayoutArgs, width: usize) -> Result<String> {
+    let (layout, mask) = cut(args)?;
+    let mesh = layout.mesh();
     let shown = match args.ring_rank {
         Some(ring) if ring >= mesh.ring() => {
             return Err(Failure::Input(format!("--ring-rank {ring}: there are {} ring ranks, from 0", mesh.ring())));
@@ -37,11 +54,11 @@ fn text(args: &LayoutArgs, width: usize) -> Result<String> {
         Some(ring) => ring..ring + 1,
         None => 0..mesh.ring().min(RING_RANKS),
     };
-    let mut text = picture::holders(&layout, width);
+    let mut text = holders(&layout, width);
     let left_out = mesh.ring() - (shown.end - shown.start);
     for ring in shown {
         text.push('\n');
-        text.push_str(&picture::steps(&mask, &layout, &layout, ring, width)?);
+        text.push_str(&steps(&mask, &layout, &layout, ring, width)?);
     }
     if left_out > 0 {
         text.push_str(&format!("\n{left_out} further ring ranks: --ring-rank RANK shows one\n"));

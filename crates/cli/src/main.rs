@@ -17,12 +17,16 @@ mod file;
 mod job;
 mod layout;
 mod output;
+mod picture;
+mod processes;
 mod progress;
+mod record;
 mod report;
 mod results;
 mod run;
 mod sample;
 mod synthetic;
+mod trace;
 mod verify;
 
 use std::process::ExitCode;
@@ -40,11 +44,14 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Layout(args) => layout::layout(&args),
         Command::Run(args) => run::run(&args),
+        Command::Witness { network } => processes::keep_board(network),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            if !matches!(failure, failure::Failure::Said(_)) {
+                eprintln!("error: {failure}");
+            }
             failure.exit_code()
         }
     }

@@ -78,6 +78,19 @@ pub fn write(output: &Path, entries: &[Entry<'_>]) -> Result<()> {
     write_with(output, |file| serialize_to_file(named, None, file).map_err(Failure::run))
 }
 
+/// Writes `text` to `output`, replacing what is there.
+///
+/// # Errors
+/// [`Failure::Run`]; `output` is then as it was.
+pub fn write_text(output: &Path, text: &str) -> Result<()> {
+    write_with(output, |file| fs::write(file, text).map_err(Failure::run))
+}
+
+/// Whether two paths, of which neither need exist, name one place in one folder.
+pub fn same_place(a: &Path, b: &Path) -> bool {
+    a.file_name() == b.file_name() && same_file(&folder(a), &folder(b)) || same_file(a, b)
+}
+
 /// Writes `output` with `fill`, which is given the path of a temporary file in the same folder.
 ///
 /// # Errors

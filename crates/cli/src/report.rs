@@ -1,6 +1,7 @@
 //! Tables for stdout, and numbers as people read them.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::failure::{Failure, Result};
@@ -58,11 +59,21 @@ impl Table {
     }
 }
 
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Nothing is said from now on: another process of the job does.
+pub fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
 /// Writes to stdout. A reader that went away (`| head`) is no failure.
 ///
 /// # Errors
 /// [`Failure::Run`] if stdout can't be written.
 pub fn say(text: &str) -> Result<()> {
+    if SILENT.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Run(format!("stdout: {e}"))),
@@ -92,6 +103,12 @@ pub fn time(duration: Duration) -> String {
     if seconds < 1.0 { format!("{:.2} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
 }
 
+/// A duration that may be far below a millisecond.
+pub fn short_time(duration: Duration) -> String {
+    let micros = duration.as_secs_f64() * 1e6;
+    if micros < 1000.0 { format!("{micros:.1} us") } else { time(duration) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,5 +130,7 @@ mod tests {
         }
         assert_eq!(time(Duration::from_micros(1500)), "1.50 ms");
         assert_eq!(time(Duration::from_secs(90)), "90.00 s");
+        assert_eq!(short_time(Duration::from_nanos(1500)), "1.5 us");
+        assert_eq!(short_time(Duration::from_micros(1500)), "1.50 ms");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use longspan::{DType, Tensor};
+use longspan::{DType, DeviceReport, Tensor, Traffic};
 use longspan_conformance::host;
 use safetensors::tensor::Dtype;
 
@@ -19,6 +19,17 @@ pub struct Results {
     pub gradients: Option<Gradients>,
     /// Figures by rank.
     pub ranks: Vec<RankFigures>,
+    /// What the ranks did when, where it was wanted.
+    pub recorded: Option<Recorded>,
+}
+
+/// What the ranks did when.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// Reports by rank.
+    pub reports: Vec<DeviceReport>,
+    /// Messages that each rank sent in the forward and in the backward.
+    pub traffic: Vec<[Vec<Traffic>; 2]>,
 }
 
 /// Gathered gradients.
@@ -51,6 +62,24 @@ pub struct RankFigures {
     pub peak: u64,
     /// Bytes of workspace that were predicted before the run.
     pub predicted: u64,
+}
+
+impl RankFigures {
+    /// How many numbers there are.
+    pub const NUMBERS: usize = 7;
+
+    /// All of them, for another process; times in nanoseconds.
+    pub fn numbers(&self) -> [u64; Self::NUMBERS] {
+        let Self { rows, compute, exchange, sent, table, peak, predicted } = *self;
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        [rows as u64, nanos(compute), nanos(exchange), sent, table, peak, predicted]
+    }
+
+    /// Those that [`RankFigures::numbers`] gave.
+    pub fn of([rows, compute, exchange, sent, table, peak, predicted]: [u64; Self::NUMBERS]) -> Self {
+        let [compute, exchange] = [compute, exchange].map(Duration::from_nanos);
+        Self { rows: rows as usize, compute, exchange, sent, table, peak, predicted }
+    }
 }
 
 /// The bytes of lse and dsinks as they stand in a file.
@@ -106,10 +135,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn figures_come_back_from_their_numbers() {
+        let figures = RankFigures::of([1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!((figures.rows, figures.exchange, figures.predicted), (1, Duration::from_nanos(3), 7));
+        assert_eq!(RankFigures::of(figures.numbers()), figures);
+    }
+
+    #[test]
     fn lse_is_turned_to_batch_heads_seq() {
         let lse = Tensor::from_f32(DType::F32, [1, 2, 3, 1], &[0.0, 1.0, 2.0, 10.0, 11.0, 12.0]).expect("six");
         let out = Tensor::from_f32(DType::F32, [1, 2, 3, 1], &[0.0; 6]).expect("six");
-        let results = Results { out, lse, gradients: None, ranks: vec![] };
+        let results = Results { out, lse, gradients: None, ranks: vec![], recorded: None };
         let encoded = results.encode();
         let entries = results.entries(&encoded);
         assert_eq!(entries[1].shape, [1, 3, 2]);

@@ -3,15 +3,19 @@
 //! Nothing is written before every check that needs no run has passed, and the output is written only if the verification,
 //! where asked for, holds.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::args::Run;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::job::Job;
+use crate::picture::timeline;
+use crate::processes::together;
+use crate::record::Record;
 use crate::report::say;
-use crate::results::Results;
+use crate::results::{Recorded, Results};
 use crate::verify::{self, Verdict};
-use crate::{backends, engine, output, progress, report};
+use crate::{backends, engine, output, processes, progress, report, trace};
 
 /// Runs attention as the command line says.
 ///
@@ -20,23 +24,61 @@ use crate::{backends, engine, output, progress, report};
 /// [`crate::failure::Failure::Verification`].
 pub fn run(args: &Run) -> Result<()> {
     backends::check(&args.backend)?;
-    backends::choose(&args.backend, args.exchange)?;
-    if let Some(output) = &args.output {
-        output::check(output, args.source.input.as_deref())?;
-    }
-    let job = Job::new(args)?;
-    if args.verify {
-        verify::check_inputs(&job)?;
-    }
+    backends::choose(&args.backend, args.exchange, args.kernel)?;
+    processes::within(&args.backend, |job| run_in(args, job))
+}
+
+fn run_in(args: &Run, processes: Option<&processes::Job>) -> Result<()> {
+    let job = together(processes, "checks", check_all(args, processes))?;
     say(&title(args, &job))?;
     let spinner = progress::spinner("running");
     let start = Instant::now();
-    let results = engine::run(&job, &args.backend, Duration::from_secs(args.limit), args.fault);
+    let limit = Duration::from_secs(args.limit);
+    let results = match processes {
+        Some(processes) => engine::run_part(&job, processes, &args.backend, limit, args.fault),
+        None => engine::run(&job, &args.backend, limit, args.fault, recorded(args)).map(Some),
+    };
     spinner.finish_and_clear();
-    let results = results?;
-    say(&ranks(&results, start.elapsed()))?;
+    let took = start.elapsed();
+    let told = match results? {
+        Some(results) => tell(args, &job, results, took),
+        // Process 0 has them all.
+        None => Ok(()),
+    };
+    together(processes, "verdict", told)
+}
+
+/// Whether times of the ranks are wanted.
+fn recorded(args: &Run) -> bool {
+    args.trace.is_some() || args.timeline.is_some()
+}
+
+/// Every check that needs no run.
+fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
+    if processes.is_none_or(processes::Job::leads) {
+        check_outputs(args)?;
+    }
+    let job = Job::new(args)?;
+    if let Some(processes) = processes {
+        processes.processes.check(job.mesh())?;
+        if recorded(args) {
+            return Err(Failure::input(
+                "--trace and --timeline",
+                "they are for ranks that are threads; leave them out, or take the backend `cpu`",
+            ));
+        }
+    }
     if args.verify {
-        check(&job, &results)?;
+        verify::check_inputs(&job)?;
+    }
+    Ok(job)
+}
+
+/// Prints, verifies and writes the results.
+fn tell(args: &Run, job: &Job, results: Results, took: Duration) -> Result<()> {
+    say(&ranks(&results, took))?;
+    if args.verify {
+        check(job, &results)?;
     }
     if let Some(path) = &args.output {
         let encoded = results.encode();
@@ -45,7 +87,48 @@ pub fn run(args: &Run) -> Result<()> {
         let names: Vec<&str> = entries.iter().map(|entry| entry.name).collect();
         say(&format!("\nWrote {} to {}\n", names.join(", "), path.display()))?;
     }
+    pictures(args, job, results)
+}
+
+/// Checks every output, and that no two are one.
+fn check_outputs(args: &Run) -> Result<()> {
+    let outputs: Vec<&PathBuf> = [&args.output, &args.trace, &args.timeline].into_iter().flatten().collect();
+    for (i, path) in outputs.iter().enumerate() {
+        output::check(path, args.source.input.as_deref())?;
+        if outputs[..i].iter().any(|other| output::same_place(other, path)) {
+            return Err(Failure::input(format!("output {}", path.display()), "is named twice; choose two names"));
+        }
+    }
     Ok(())
+}
+
+/// Writes the trace and the timeline, where they are wanted.
+fn pictures(args: &Run, job: &Job, results: Results) -> Result<()> {
+    let Some(Recorded { reports, traffic }) = results.recorded else { return Ok(()) };
+    let record = Record::new(summary(args, job), *job.mesh(), reports, traffic);
+    if let Some(path) = &args.trace {
+        output::write_text(path, &trace::trace(&record).to_string())?;
+        say(&format!("\nWrote what every rank did to {}: open it in https://ui.perfetto.dev\n", path.display()))?;
+    }
+    if let Some(path) = &args.timeline {
+        output::write_text(path, &timeline::timeline(&record))?;
+        say(&format!("\nDrew what every rank did to {}\n", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The run in one line.
+fn summary(args: &Run, job: &Job) -> String {
+    let [batch, seq, heads, head_dim] = job.q.extent();
+    let documents = job.mask.documents().map_or(String::new(), |d| format!(" within {} documents", d.len()));
+    let mut parts = vec![
+        format!("batch {batch}, seq {seq}, heads {heads}:{}, head dim {head_dim}, {}", job.kv_heads(), job.dtype()),
+        format!("{}{documents}", job.mask),
+        format!("{}, {}", job.mesh(), args.cut.layout.name()),
+        format!("backend {}", args.backend),
+    ];
+    parts.extend(options(job));
+    parts.join("; ")
 }
 
 fn check(job: &Job, results: &Results) -> Result<()> {

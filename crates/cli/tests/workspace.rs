@@ -6,22 +6,33 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Crates of ours, and which of ours each may depend on; dev-dependencies may go further (see [`dev_only`]).
-const MAY: [(&str, &[&str]); 15] = [
+const MAY: [(&str, &[&str]); 17] = [
     ("ascendcl-sys", &["longspan-dylib", "longspan-hal"]),
     (
         "longspan",
-        &["longspan-ascend", "longspan-cpu", "longspan-cuda", "longspan-hal", "longspan-rocm", "longspan-seqpar"],
+        &[
+            "longspan-ascend",
+            "longspan-cpu",
+            "longspan-cuda",
+            "longspan-hal",
+            "longspan-mpi",
+            "longspan-peers",
+            "longspan-rocm",
+            "longspan-seqpar",
+        ],
     ),
-    ("longspan-ascend", &["ascendcl-sys", "longspan-hal"]),
+    ("longspan-ascend", &["ascendcl-sys", "longspan-hal", "longspan-peers"]),
     ("longspan-ascend-emulator", &[]),
-    ("longspan-cli", &["longspan", "longspan-conformance", "longspan-hal", "longspan-seqpar"]),
-    ("longspan-conformance", &["longspan", "longspan-hal", "longspan-seqpar"]),
+    ("longspan-cli", &["longspan", "longspan-conformance", "longspan-hal", "longspan-peers", "longspan-seqpar"]),
+    ("longspan-conformance", &["longspan", "longspan-hal", "longspan-peers", "longspan-seqpar"]),
     ("longspan-cpu", &["longspan-hal"]),
     ("longspan-cuda", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
     ("longspan-dylib", &["longspan-hal"]),
     ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels"]),
     ("longspan-hal", &[]),
     ("longspan-kernels", &["longspan-hal"]),
+    ("longspan-mpi", &["longspan-cpu", "longspan-hal", "longspan-peers"]),
+    ("longspan-peers", &["longspan-hal"]),
     ("longspan-rocm", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
     ("longspan-rocm-emulator", &[]),
     ("longspan-seqpar", &["longspan-hal"]),
@@ -60,8 +71,9 @@ fn dependencies_go_in_the_right_direction() {
 /// Tests may use backends and the suite, but nothing above themselves.
 fn dev_only(name: &str, on: &str) -> bool {
     match on {
-        "longspan" => name == "longspan-cuda",
-        "longspan-ascend-emulator" => name == "longspan-ascend",
+        "longspan" => ["longspan-conformance", "longspan-cuda", "longspan-mpi"].contains(&name),
+        "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
+        "longspan-ascend-emulator" | "longspan-seqpar" => name == "longspan-ascend",
         "longspan-rocm-emulator" => name == "longspan-rocm",
         "longspan-conformance" => name != "longspan-hal",
         "longspan-cpu" => ["longspan-conformance", "longspan-seqpar", "longspan-cli"].contains(&name),
@@ -196,4 +208,23 @@ fn list(value: &Value) -> &Vec<Value> {
 
 fn word(value: &Value) -> &str {
     value.as_str().expect("a word")
+}
+
+#[test]
+fn the_docs_show_what_the_program_draws() {
+    let docs = read("docs/README.md");
+    let commands: Vec<&str> = docs.lines().filter(|line| line.starts_with("longspan layout ")).collect();
+    assert!(commands.len() >= 3, "{commands:?}");
+    let folder = tempfile::tempdir().expect("a folder");
+    for command in commands {
+        let (words, path) = command.split_once(" --svg ").expect("a picture");
+        let drawn = folder.path().join("drawn.svg");
+        let mut program = Command::new(env!("CARGO_BIN_EXE_longspan"));
+        program.args(words.split_whitespace().skip(1)).arg("--svg").arg(&drawn);
+        assert!(program.output().expect("the program starts").status.success(), "{command}");
+        assert!(docs.contains(&format!("]({})", path.trim_start_matches("docs/"))), "{path} is shown");
+        assert!(std::fs::read_to_string(&drawn).expect("written") == read(path), "{path} is old; run `{command}`");
+    }
+    let timeline = read("docs/timeline.svg");
+    roxmltree::Document::parse(&timeline).expect("well-formed");
 }

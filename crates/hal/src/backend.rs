@@ -45,6 +45,19 @@ pub enum Transport {
     Peer,
 }
 
+/// Class of the attention kernels.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum KernelClass {
+    /// What the backend takes for the fastest that can do the work.
+    #[default]
+    Auto,
+    /// FlashAttention-2 class: tensor cores fed by every warp for itself.
+    Flash2,
+    /// FlashAttention-3 class: Hopper's warpgroup products and bulk copies; what they can't do is refused.
+    Flash3,
+}
+
 /// The most that a device computes: measured, not taken from a data sheet.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Peak {
@@ -137,6 +150,21 @@ pub trait Backend: Sized + Debug + Send + Sync + 'static {
                 backend: Self::NAME,
                 what: format!("a choice of how messages travel ({})", format!("{other:?}").to_lowercase()),
                 instead: "it has one way only: auto".to_owned(),
+            }),
+        }
+    }
+
+    /// Chooses the attention kernels of devices that are opened from now on.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where there is no choice.
+    fn set_kernels(wanted: KernelClass) -> Result<()> {
+        match wanted {
+            KernelClass::Auto => Ok(()),
+            other => Err(Error::Unsupported {
+                backend: Self::NAME,
+                what: format!("a choice of kernels ({})", format!("{other:?}").to_lowercase()),
+                instead: "it has one class only: auto".to_owned(),
             }),
         }
     }

@@ -30,7 +30,7 @@ pub mod spec;
 pub mod view;
 
 pub use attention::{Accumulate, Attention, Backward, Extras, Forward, Gradient, Partial, Prepare, Seed, Stage, Store};
-pub use backend::{Backend, DeviceInfo, Finding, GroupId, Peak, Transport};
+pub use backend::{Backend, DeviceInfo, Finding, GroupId, KernelClass, Peak, Transport};
 pub use caps::Caps;
 pub use collective::{Collective, P2p, Step, check_sends};
 pub use device::{Device, Memory, Priority};

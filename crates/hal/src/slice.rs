@@ -78,7 +78,7 @@ impl Slice {
             count * start + count * (count - 1) / 2 + i128::from(m - full) * i128::from(n)
         };
         let d = |x: i64| x.clamp(-m - 1, n + 1);
-        (below(d(self.hi)) - below(d(self.lo - 1))) as u64
+        (below(d(self.hi)) - below(d(self.lo.saturating_sub(1)))) as u64
     }
 }
 
@@ -180,6 +180,14 @@ mod tests {
             hi,
             ..Slice::full(0, q..q + m, k..k + n)
         })
+    }
+
+    #[test]
+    fn the_largest_bounds_bound_nothing() {
+        let all = Slice { lo: i64::MIN, hi: i64::MAX, ..Slice::full(0, 3..7, 1..6) };
+        assert_eq!((all.pairs(), all.is_full(), all.keys_of(3), all.queries_of(5)), (20, true, 1..6, 3..7));
+        let none = Slice { lo: i64::MAX, hi: i64::MIN, ..all };
+        assert_eq!((none.pairs(), none.is_full(), none.keys_of(3).is_empty()), (0, false, true));
     }
 
     fn selected(s: &Slice) -> Vec<(u32, u32)> {

@@ -1,6 +1,7 @@
 //! [`Engine`]: one rank with its backend erased, working on host tensors. The only dyn trait of the workspace.
 
 use std::fmt::Debug;
+use std::ops::Range;
 use std::time::Duration;
 
 use longspan_hal::{
@@ -8,8 +9,8 @@ use longspan_hal::{
     ViewMut,
 };
 use longspan_seqpar::{
-    Bytes, Gradients as DeviceGradients, Inputs, Layout, Mask, Member, OutputRows, Outputs, Plan, Problem, Trace, Usp,
-    Work,
+    Bytes, Gradients as DeviceGradients, Inputs, Layout, Mask, Member, OutputRows, Outputs, Plan, Problem, Span, Trace,
+    Usp, Work,
 };
 
 use crate::Tensor;
@@ -55,15 +56,17 @@ pub struct Gradients {
 }
 
 /// One stretch of work of the last run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct SpanReport {
-    /// Compute or exchange.
+    /// What it did, and so on which stream.
     pub work: Work,
     /// Which step.
     pub step: Step,
-    /// From the run's start.
+    /// Whether it belongs to the backward.
+    pub backward: bool,
+    /// From the rank's first event.
     pub start: Duration,
-    /// From the run's start.
+    /// From the rank's first event.
     pub end: Duration,
     /// Bytes sent to other ranks.
     pub bytes_sent: u64,
@@ -74,6 +77,9 @@ pub struct SpanReport {
 pub struct DeviceReport {
     /// Spans of the last forward and, if it followed, backward.
     pub spans: Vec<SpanReport>,
+    /// The barriers of [`Engine::meet`] before that forward, each from entering to leaving; what makes times of ranks
+    /// comparable (see [`crate::align`]).
+    pub meetings: Vec<Range<Duration>>,
     /// Memory figures of the device.
     pub memory: Memory,
     /// Bytes of the tensors that the engine put on the device for the caller.
@@ -111,6 +117,13 @@ pub trait Engine: Debug {
 
     /// The plan of the last [`Engine::prepare`].
     fn plan(&self) -> Option<&Plan>;
+
+    /// Collective: queues a few barriers and remembers when this rank entered and left each, so that [`crate::align`] can put
+    /// the times of all ranks on one clock. To be called right before a forward.
+    ///
+    /// # Errors
+    /// [`Error::PeerLost`]; the device's own.
+    fn meet(&mut self) -> Result<()>;
 
     /// Attention of this rank's shards `[q, k, v]`, each `[batch, local rows, heads, dim]` in the problem's dtype. Keeps
     /// inputs and results on the device for a backward.
@@ -183,8 +196,15 @@ pub(crate) struct EngineOf<B: Backend> {
     pub(crate) kept: Option<Kept<B::Device>>,
     pub(crate) resident: Option<Resident<B::Device>>,
     pub(crate) traces: Vec<Trace<B::Device>>,
+    pub(crate) meetings: Vec<[Event<B>; 2]>,
     pub(crate) tensor_bytes: u64,
 }
+
+/// An event of a backend's device.
+type Event<B> = <<B as Backend>::Device as Device>::Event;
+
+/// Barriers of one meeting. The first bring the ranks together; the shortest of all says how well clocks agree.
+const BARRIERS: usize = 8;
 
 /// A tensor on the device.
 #[derive(Debug)]
@@ -238,7 +258,17 @@ impl<B: Backend> EngineOf<B> {
     /// An engine for `member`, whose host-side waits end after `limit`.
     pub fn new(member: Member<B>, limit: Duration) -> Result<Self> {
         let stream = member.device.stream(Priority::Normal)?;
-        Ok(Self { member, limit, stream, usp: None, kept: None, resident: None, traces: Vec::new(), tensor_bytes: 0 })
+        Ok(Self {
+            member,
+            limit,
+            stream,
+            usp: None,
+            kept: None,
+            resident: None,
+            traces: Vec::new(),
+            meetings: Vec::new(),
+            tensor_bytes: 0,
+        })
     }
 
     pub(crate) fn empty(&mut self, dtype: DType, extent: [usize; 4]) -> Result<OnDevice<B::Device>> {
@@ -298,6 +328,7 @@ impl<B: Backend> Engine for EngineOf<B> {
 
     fn prepare(&mut self, problem: &Problem, [q, k]: [&Layout; 2], mask: &Mask) -> Result<Bytes> {
         (self.kept, self.resident, self.usp) = (None, None, None);
+        self.meetings.clear();
         let plan = Plan::new(problem, q, k, mask, self.rank())?;
         let device = &self.member.device;
         let usp = Usp::prepare(&self.member, &self.stream, plan, |bytes| device.alloc(bytes))?;
@@ -308,6 +339,17 @@ impl<B: Backend> Engine for EngineOf<B> {
 
     fn plan(&self) -> Option<&Plan> {
         self.usp.as_ref().map(Usp::plan)
+    }
+
+    fn meet(&mut self) -> Result<()> {
+        self.meetings.clear();
+        self.traces.clear();
+        for _ in 0..BARRIERS {
+            let enter = self.member.device.record(&self.stream)?;
+            self.member.collective.barrier(&self.stream)?;
+            self.meetings.push([enter, self.member.device.record(&self.stream)?]);
+        }
+        Ok(())
     }
 
     fn forward(&mut self, shards: [&Tensor; 3], extra: &Extra) -> Result<Forwarded> {
@@ -448,23 +490,22 @@ impl<B: Backend> Engine for EngineOf<B> {
     }
 
     fn report(&self) -> Result<DeviceReport> {
-        let mut spans = Vec::new();
-        let mut offset = Duration::ZERO;
+        let device = &self.member.device;
+        let first = self.meetings.first().map(|[enter, _]| enter);
+        let first = first.or(self.traces.first().and_then(Trace::origin));
+        let (mut spans, mut meetings) = (Vec::new(), Vec::new());
         for trace in &self.traces {
-            let from = offset;
             for span in trace.spans() {
-                let (start, end) = trace.times(&self.member.device, span)?;
-                offset = offset.max(from + end);
-                spans.push(SpanReport {
-                    work: span.work,
-                    step: span.step,
-                    start: from + start,
-                    end: from + end,
-                    bytes_sent: span.bytes_sent,
-                });
+                let (start, end) = trace.times(device, first.or(trace.origin()), span)?;
+                let &Span { work, step, backward, bytes_sent, .. } = span;
+                spans.push(SpanReport { work, step, backward, start, end, bytes_sent });
             }
         }
-        Ok(DeviceReport { spans, memory: self.member.device.memory()?, tensor_bytes: self.tensor_bytes })
+        for [enter, leave] in &self.meetings {
+            let from = first.unwrap_or(enter);
+            meetings.push(device.elapsed(from, enter)?..device.elapsed(from, leave)?);
+        }
+        Ok(DeviceReport { spans, meetings, memory: device.memory()?, tensor_bytes: self.tensor_bytes })
     }
 
     fn abort(&self) {

@@ -31,22 +31,30 @@
 //! }
 //! ```
 //!
+//! - [`Processes`] is the same for ranks that are processes, which `mpirun` or `torchrun` started on any number of hosts.
 //! - `longspan_seqpar::Usp` works on device views of one backend, on the caller's stream: what a framework embeds.
 //! - `longspan_hal` has the traits that a new backend implements.
 #![forbid(unsafe_code)]
 
 mod cache;
+mod clock;
 mod engine;
+mod processes;
 mod ranks;
 mod resident;
 mod select;
 mod tensor;
 
 pub use cache::{KernelCache, clear_kernel_caches, kernel_caches};
+pub use clock::align;
 pub use engine::{DeviceReport, Engine, Extra, Forwarded, Gradients, SpanReport};
-pub use longspan_hal::{Caps, DType, DeviceInfo, Error, Extent, Finding, Memory, Peak, Result, Step, Transport};
+pub use longspan_hal::{
+    Caps, DType, DeviceInfo, Error, Extent, Finding, KernelClass, Memory, Peak, Result, Step, Transport,
+};
+pub use longspan_peers::{Board, Lost, Place, Reach};
 pub use longspan_seqpar::{Bytes, Coords, Documents, Layout, Mask, Mesh, Placement, Plan, Problem, Run, Traffic, Work};
+pub use processes::{Processes, in_group};
 pub use ranks::{DEFAULT_LIMIT, on_devices, on_ranks, on_ranks_within, spawn};
 pub use resident::Pass;
-pub use select::{Visit, backends, devices, findings, select, set_transport};
+pub use select::{Visit, backends, devices, findings, select, set_kernels, set_transport};
 pub use tensor::Tensor;

@@ -1,6 +1,6 @@
 //! Backends by name. A backend is a type; a visitor is called with the one that a name selects.
 
-use longspan_hal::{Backend, DeviceInfo, Error, Finding, Result, Transport};
+use longspan_hal::{Backend, DeviceInfo, Error, Finding, KernelClass, Result, Transport};
 
 /// Code that runs on whichever backend was selected.
 pub trait Visit {
@@ -14,6 +14,11 @@ pub trait Visit {
     fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Self::Output>;
 }
 
+/// How to get the backend `mpi`.
+#[cfg(not(feature = "mpi"))]
+pub(crate) const BUILD_MPI: &str = "build with `--features mpi`; that needs an MPI and libclang: apt install libopenmpi-dev openmpi-bin \
+    libclang-dev, or pip install mpich libclang and set MPICC, LIBCLANG_PATH and LD_LIBRARY_PATH to what they brought";
+
 /// Names of the backends that were compiled in.
 pub fn backends() -> Vec<&'static str> {
     #[allow(unused_mut)] // no backend, no push
@@ -26,6 +31,8 @@ pub fn backends() -> Vec<&'static str> {
     names.push(longspan_cuda::Cuda::NAME);
     #[cfg(feature = "rocm")]
     names.push(longspan_rocm::Rocm::NAME);
+    #[cfg(feature = "mpi")]
+    names.push(longspan_mpi::Mpi::NAME);
     names
 }
 
@@ -34,7 +41,10 @@ pub fn backends() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Invalid`] for an unknown name (lists those compiled in and how to get others) or device; [`Error::Unavailable`]
 /// if a library is missing.
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "rocm")), allow(unused_variables))] // without any backend, nothing is visited
+#[cfg_attr(
+    not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "mpi", feature = "rocm")),
+    allow(unused_variables)
+)] // without any backend, nothing is visited
 pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
     let (name, indices) = parse(selector)?;
     match name {
@@ -52,6 +62,14 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
         "cuda" => open::<longspan_cuda::Cuda, V>(&indices, visitor),
         #[cfg(feature = "rocm")]
         "rocm" => open::<longspan_rocm::Rocm, V>(&indices, visitor),
+        #[cfg(feature = "mpi")]
+        "mpi" => open::<longspan_mpi::Mpi, V>(&indices, visitor),
+        #[cfg(not(feature = "mpi"))]
+        "mpi" => Err(Error::Unavailable {
+            library: "MPI".into(),
+            why: "this build has no MPI".into(),
+            how_to_get_it: BUILD_MPI.into(),
+        }),
         _ => Err(Error::invalid(
             "backend",
             format!(
@@ -94,6 +112,22 @@ pub fn set_transport(selector: &str, wanted: Transport) -> Result<()> {
     select(selector, Set(wanted))
 }
 
+/// Chooses the class of attention kernels of the backend that `selector` names, for devices that are opened from now on.
+///
+/// # Errors
+/// As [`select`]; [`Error::Unsupported`] where the backend has no choice.
+pub fn set_kernels(selector: &str, wanted: KernelClass) -> Result<()> {
+    struct Set(KernelClass);
+    impl Visit for Set {
+        type Output = ();
+
+        fn visit<B: Backend>(self, _devices: Vec<DeviceInfo>) -> Result<()> {
+            B::set_kernels(self.0)
+        }
+    }
+    select(selector, Set(wanted))
+}
+
 /// What there is of a backend on this machine; `None` if `name` is not compiled in. Loads its libraries, a broken one of which
 /// may end the process.
 pub fn findings(name: &str) -> Option<Vec<Finding>> {
@@ -118,7 +152,10 @@ fn parse(selector: &str) -> Result<(&str, Vec<u32>)> {
     Ok((name, list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(bad)?))
 }
 
-#[cfg_attr(not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "rocm")), allow(dead_code))]
+#[cfg_attr(
+    not(any(feature = "ascend", feature = "cpu", feature = "cuda", feature = "mpi", feature = "rocm")),
+    allow(dead_code)
+)]
 fn open<B: Backend, V: Visit>(indices: &[u32], visitor: V) -> Result<V::Output> {
     let all = B::devices()?;
     if indices.is_empty() {

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use longspan_hal::{DType, Error, Extent, Result};
+use longspan_peers::{Fields, Reader};
 use longspan_seqpar::Layout;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -75,6 +76,31 @@ impl Tensor {
     /// The bytes, to be written.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes
+    }
+
+    /// Dtype, extent and elements as bytes, for another process of the job.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let dtype = match self.dtype {
+            DType::Bf16 => 0,
+            DType::F16 => 1,
+            _ => 2,
+        };
+        let head = self.extent.iter().fold(Fields::default().number(dtype), |f, &n| f.number(n as u64));
+        head.bytes(&self.bytes).0
+    }
+
+    /// The tensor that [`Tensor::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the bytes are of something else.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let mut fields = Reader(bytes);
+        let mut number = || fields.number().map(|n| n as usize);
+        let head = number().and_then(|d| Ok((d, [number()?, number()?, number()?, number()?])));
+        let (Ok((dtype, extent)), Ok(bytes)) = (head, fields.bytes()) else {
+            return Err(Error::invalid("tensor", "the bytes of another process can't be read"));
+        };
+        Self::new([DType::Bf16, DType::F16, DType::F32][dtype.min(2)], extent, bytes.to_vec())
     }
 
     /// Values in row-major order.

@@ -1,4 +1,5 @@
-//! Layouts and routes as text for the terminal: who holds which tokens, and what each ring step computes.
+//! Layouts and routes as text for the terminal: who holds which tokens, and what each ring step computes. For pictures of
+//! another kind, [`patches`] has the same as data.
 //!
 //! ```text
 //! holders:  a line per rank        its tokens as ranges, and a bar: # the whole column is the rank's, - a part of it
@@ -12,7 +13,7 @@
 use std::fmt::{Display, Formatter};
 use std::ops::Range;
 
-use longspan_hal::{Result, Slice};
+use longspan_hal::{Error, Result, Slice};
 
 use crate::layout::{Layout, Run, near_equal};
 use crate::mask::Mask;
@@ -203,6 +204,47 @@ fn bounds(slice: &Slice) -> String {
     }
 }
 
+/// The part of a mask that one ring rank computes at one step.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Patch {
+    /// The ring rank, whose queries these are.
+    pub ring: u32,
+    /// The step.
+    pub step: u32,
+    /// The ring rank whose keys these are.
+    pub owner: u32,
+    /// In rows of the two blocks, for one batch row.
+    pub slices: Vec<Slice>,
+}
+
+impl Patch {
+    /// (query, key) pairs, per head and batch row.
+    pub fn pairs(&self) -> u64 {
+        self.slices.iter().map(Slice::pairs).sum()
+    }
+}
+
+/// The whole mask, cut into what each ring rank computes at each step: step after step, in each the ring ranks in order, also
+/// where nothing is computed. Every pair that the mask allows is in exactly one slice.
+///
+/// # Errors
+/// As [`Mask::slices`]; [`longspan_hal::Error::Invalid`] if the layouts have unequal ring sizes.
+pub fn patches(mask: &Mask, q: &Layout, k: &Layout) -> Result<Vec<Patch>> {
+    let size = q.mesh().ring();
+    if k.mesh().ring() != size {
+        let why = format!("queries on {size} ring ranks, keys on {}", k.mesh().ring());
+        return Err(Error::invalid("layout", why));
+    }
+    let mut patches = Vec::new();
+    for step in 0..size {
+        for ring in 0..size {
+            let owner = (ring + (size - step)) % size;
+            patches.push(Patch { ring, step, owner, slices: mask.slices(q, ring, k, owner, 1)? });
+        }
+    }
+    Ok(patches)
+}
+
 /// How evenly the ring ranks share the work of a mask.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Balance {
@@ -293,7 +335,8 @@ fn ruler(seq: usize, columns: usize) -> String {
     if columns < last.len() + 2 { "0".to_owned() } else { format!("0{last:>width$}", width = columns - 1) }
 }
 
-fn name_runs(runs: &[Run]) -> String {
+/// Runs as ranges of tokens: `0-15, 48-63`, or `1-61 step 4`. Long lists are cut.
+pub fn name_runs(runs: &[Run]) -> String {
     let names: Vec<String> =
         runs.iter().take(ITEMS).map(|run| name(run.start as i64, run.len, run.step as i64)).collect();
     let more = if runs.len() > ITEMS { ", ..." } else { "" };
@@ -322,7 +365,7 @@ fn span(rows: &Range<u32>) -> String {
 }
 
 /// Digits in groups of three.
-fn comma(n: impl Display) -> String {
+pub fn comma(n: impl Display) -> String {
     let digits = n.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
     for (i, digit) in digits.chars().enumerate() {

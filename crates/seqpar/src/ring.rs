@@ -137,8 +137,10 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
             if let Some((ring, gradients)) = self.gradients() {
                 run.wait(run.compute, returned.as_ref())?;
                 if t > 0 {
-                    self.add_travelled(gradients, g, t)?;
-                    self.add_came_home(gradients, g, t - 1)?;
+                    run.sum(g * steps + t, || {
+                        self.add_travelled(gradients, g, t)?;
+                        self.add_came_home(gradients, g, t - 1)
+                    })?;
                 }
                 run.order(run.compute, run.transfer)?;
                 let sources = self.fresh(g, t)?.map(|pair| pair.map(|x| x.read()));
@@ -148,11 +150,13 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         }
         if let Some((_, gradients)) = self.gradients() {
             run.wait(run.compute, returned.as_ref())?;
-            self.add_came_home(gradients, g, steps - 1)?;
-            self.round_home(gradients, g, [results[1], results[2]])?;
+            run.sum((g + 1) * steps - 1, || {
+                self.add_came_home(gradients, g, steps - 1)?;
+                self.round_home(gradients, g, [results[1], results[2]])
+            })?;
         }
         if let Some(sum) = accumulator {
-            run.accumulate(run.compute, results[0], &[sum.read()])?;
+            run.sum((g + 1) * steps - 1, || run.accumulate(run.compute, results[0], &[sum.read()]))?;
         }
         Ok(())
     }

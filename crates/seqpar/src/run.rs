@@ -24,6 +24,8 @@ pub(crate) struct Run<'a, B: Backend> {
     pub compute: &'a Stream<B>,
     /// Our own: all communication, in the same order on every rank.
     pub transfer: &'a Stream<B>,
+    /// Whether this is a backward.
+    pub backward: bool,
     pub trace: RefCell<Option<&'a mut Trace<B::Device>>>,
 }
 
@@ -73,6 +75,16 @@ impl<'a, B: Backend> Run<'a, B> {
         self.spanned(Work::Compute, self.compute, step, 0, queue)
     }
 
+    /// Queues sums of step `index` on the caller's stream.
+    pub fn sum(&self, index: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.spanned(Work::Compute, self.compute, Step { phase: "sum", index: index as u32 }, 0, queue)
+    }
+
+    /// Queues copies and sums of what came for head group `group` on the transfer stream.
+    pub fn collect(&self, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.spanned(Work::Collect, self.transfer, Step { phase: "collect", index: group as u32 }, 0, queue)
+    }
+
     fn spanned(
         &self,
         work: Work,
@@ -81,14 +93,15 @@ impl<'a, B: Backend> Run<'a, B> {
         bytes: u64,
         queue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        if self.trace.borrow().is_none() {
-            return queue();
+        match self.trace.borrow_mut().as_mut() {
+            None => return queue(),
+            Some(trace) => trace.begin(&self.member.device, on)?,
         }
         let start = self.record(on)?;
         queue()?;
         let end = self.record(on)?;
         if let Some(trace) = self.trace.borrow_mut().as_mut() {
-            trace.push(work, step, bytes, start, end);
+            trace.push(work, step, self.backward, bytes, [start, end]);
         }
         Ok(())
     }

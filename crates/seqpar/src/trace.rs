@@ -7,9 +7,11 @@ use longspan_hal::{Device, Result, Step};
 /// What a span did.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Work {
+    /// Copies and sums of what came, within this rank, on the transfer stream.
+    Collect,
     /// Attention or a sum, on the caller's stream.
     Compute,
-    /// Data movement between ranks, on the transfer stream.
+    /// Data movement between ranks, on the transfer stream. Includes waiting for the other ranks to come to it.
     Exchange,
 }
 
@@ -20,6 +22,8 @@ pub struct Span<D: Device> {
     pub work: Work,
     /// Which step of which phase it was.
     pub step: Step,
+    /// Whether it belongs to a backward.
+    pub backward: bool,
     /// Bytes sent to other ranks.
     pub bytes_sent: u64,
     start: D::Event,
@@ -45,12 +49,18 @@ impl<D: Device> Trace<D> {
         &self.spans
     }
 
-    /// Start and end of a span, from the run's first event. To be called after the run was synchronised.
+    /// The run's first event; none before the run.
+    pub fn origin(&self) -> Option<&D::Event> {
+        self.origin.as_ref()
+    }
+
+    /// Start and end of a span, from `origin`, an event that is not behind it; without one, from the run's first event. To be
+    /// called after the run was synchronised.
     ///
     /// # Errors
     /// [`longspan_hal::Error::Invalid`] if the run is not done.
-    pub fn times(&self, device: &D, span: &Span<D>) -> Result<(Duration, Duration)> {
-        let origin = self.origin.as_ref().unwrap_or(&span.start);
+    pub fn times(&self, device: &D, origin: Option<&D::Event>, span: &Span<D>) -> Result<(Duration, Duration)> {
+        let origin = origin.or(self.origin.as_ref()).unwrap_or(&span.start);
         Ok((device.elapsed(origin, &span.start)?, device.elapsed(origin, &span.end)?))
     }
 
@@ -74,7 +84,14 @@ impl<D: Device> Trace<D> {
         Ok(())
     }
 
-    pub(crate) fn push(&mut self, work: Work, step: Step, bytes_sent: u64, start: D::Event, end: D::Event) {
-        self.spans.push(Span { work, step, bytes_sent, start, end });
+    pub(crate) fn push(
+        &mut self,
+        work: Work,
+        step: Step,
+        backward: bool,
+        bytes_sent: u64,
+        [start, end]: [D::Event; 2],
+    ) {
+        self.spans.push(Span { work, step, backward, bytes_sent, start, end });
     }
 }

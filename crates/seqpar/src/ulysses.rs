@@ -75,7 +75,7 @@ impl<B: Backend> Ulysses<B> {
         let outputs = self.outputs(run, g)?;
         let sources: Vec<_> = outputs.iter().map(ViewMut::read).collect();
         run.exchange(&self.give_back[g], &sources)?;
-        self.collect(run, g, targets)
+        run.collect(g, || self.collect(run, g, targets))
     }
 
     fn collect(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
@@ -102,13 +102,8 @@ impl<B: Backend> Ulysses<B> {
 
     /// Queues, after the last group: sums are rounded, joint rows are shared.
     pub fn finish(&self, run: &Run<'_, B>, targets: &[Target<'_, B>]) -> Result<()> {
-        for (i, kind) in self.layout.outputs.iter().enumerate() {
-            let Some(sum) = self.sum(i) else { continue };
-            for (part, rows) in local_parts(run.plan, *kind).into_iter().enumerate() {
-                if let Some(into) = self.own(run, i, part, targets)? {
-                    run.accumulate(run.transfer, into, &[run.workspace.view(sum)?.narrow(1, rows)?])?;
-                }
-            }
+        if !self.layout.sums.is_empty() {
+            run.collect(run.plan.cut.groups() - 1, || self.round(run, targets))?;
         }
         let (Some(joint), Some(share)) = (&self.layout.joint, &self.share) else {
             return Ok(());
@@ -117,6 +112,18 @@ impl<B: Backend> Ulysses<B> {
         run.exchange(share, &own)?;
         for (all, target) in joint.all.iter().zip(targets) {
             run.copy(run.transfer, run.workspace.view(all)?, target.joint.ok_or_else(|| missing("joint"))?)?;
+        }
+        Ok(())
+    }
+
+    fn round(&self, run: &Run<'_, B>, targets: &[Target<'_, B>]) -> Result<()> {
+        for (i, kind) in self.layout.outputs.iter().enumerate() {
+            let Some(sum) = self.sum(i) else { continue };
+            for (part, rows) in local_parts(run.plan, *kind).into_iter().enumerate() {
+                if let Some(into) = self.own(run, i, part, targets)? {
+                    run.accumulate(run.transfer, into, &[run.workspace.view(sum)?.narrow(1, rows)?])?;
+                }
+            }
         }
         Ok(())
     }

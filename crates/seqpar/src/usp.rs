@@ -181,7 +181,7 @@ impl<B: Backend> Usp<B> {
             expect("joint out", out.dtype(), out.extent(), problem.dtype, wide(problem, j, problem.head_dim_v))?;
             expect("joint lse", lse.dtype(), lse.extent(), DType::F32, wide(problem, j, 1))?;
         }
-        let run = self.run(member, on, trace);
+        let run = self.run(member, on, false, trace);
         run.forked(|| self.queue_forward(&run, inputs, outputs))
     }
 
@@ -248,7 +248,7 @@ impl<B: Backend> Usp<B> {
         if let Some(joint) = joint {
             self.check_rows(self.plan.problem.joint, joint)?;
         }
-        let run = self.run(member, on, trace);
+        let run = self.run(member, on, true, trace);
         let delta = self.queue_delta(&run, pass, inputs, rows, joint)?;
         run.forked(|| {
             self.queue_sinks(&run, pass, gradients)?;
@@ -303,7 +303,8 @@ impl<B: Backend> Usp<B> {
         run.exchange(share, &[view(&sinks.parts[0])?, view(&sinks.parts[1])?])?;
         let all = view(&sinks.all)?;
         let terms = (0..all.extent()[1]).map(|i| all.narrow(1, i..i + 1)).collect::<Result<Vec<_>>>()?;
-        run.accumulate(run.transfer, gradients.dsinks.ok_or_else(|| missing("dsinks"))?, &terms)
+        let dsinks = gradients.dsinks.ok_or_else(|| missing("dsinks"))?;
+        run.collect(0, || run.accumulate(run.transfer, dsinks, &terms))
     }
 
     fn queue_backward(
@@ -369,6 +370,7 @@ impl<B: Backend> Usp<B> {
         &'a self,
         member: &'a Member<B>,
         on: &'a Stream<B>,
+        backward: bool,
         trace: Option<&'a mut Trace<B::Device>>,
     ) -> Run<'a, B> {
         Run {
@@ -378,6 +380,7 @@ impl<B: Backend> Usp<B> {
             scratch: self.scratch.as_ref(),
             compute: on,
             transfer: &self.transfer,
+            backward,
             trace: RefCell::new(trace),
         }
     }

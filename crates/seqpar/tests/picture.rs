@@ -6,7 +6,7 @@ use common::{layouts_of, masks, meshes};
 use longspan_seqpar::layout::Layout;
 use longspan_seqpar::mask::Mask;
 use longspan_seqpar::mesh::{Mesh, Placement};
-use longspan_seqpar::picture::{Balance, holders, steps};
+use longspan_seqpar::picture::{Balance, holders, patches, steps};
 use proptest::prelude::*;
 
 fn mesh(ulysses: u32, ring: u32) -> Mesh {
@@ -115,4 +115,39 @@ proptest! {
             }
         }
     }
+
+    /// Every allowed pair is in exactly one slice of one patch: that of the query's ring rank, at the step of the key's owner.
+    #[test]
+    fn patches_cover_the_mask_once(
+        (layout, mask) in (0usize..40, 1u32..7)
+            .prop_flat_map(|(seq, ring)| (Just(seq), meshes(ring)))
+            .prop_flat_map(|(seq, mesh)| (layouts_of(seq, mesh), masks(seq))),
+    ) {
+        let (mesh, seq) = (*layout.mesh(), layout.seq());
+        let ring_of = |token| mesh.coords(layout.locate(token).0).ring;
+        let mut seen = vec![0u32; seq * seq];
+        for patch in patches(&mask, &layout, &layout)? {
+            prop_assert_eq!((patch.owner + patch.step) % mesh.ring(), patch.ring);
+            for slice in &patch.slices {
+                for row in slice.q.clone() {
+                    let query = (slice.q_pos + slice.q_step * i64::from(row - slice.q.start)) as usize;
+                    for column in slice.keys_of(row) {
+                        let key = (slice.k_pos + slice.k_step * i64::from(column - slice.k.start)) as usize;
+                        prop_assert_eq!((ring_of(query), ring_of(key)), (patch.ring, patch.owner));
+                        seen[query * seq + key] += 1;
+                    }
+                }
+            }
+        }
+        for (at, &count) in seen.iter().enumerate() {
+            prop_assert_eq!(count, u32::from(mask.allows(at / seq, at % seq)), "query {} key {}", at / seq, at % seq);
+        }
+    }
+}
+
+#[test]
+fn patches_of_unequal_rings_are_refused() {
+    let layout = |ring| Layout::contiguous(8, &mesh(1, ring));
+    assert!(patches(&Mask::full(), &layout(2), &layout(3)).is_err());
+    assert!(patches(&Mask::full(), &layout(3), &layout(2)).is_err());
 }

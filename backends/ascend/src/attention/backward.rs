@@ -12,13 +12,13 @@ use std::ops::Range;
 use longspan_hal::{Backward, Gradient, Result, Store};
 
 use super::place;
-use super::plan::{AscendPlan, KeyTile, RowTile, Unit, key_pieces};
+use super::plan::{BasicPlan, KeyTile, RowTile, Unit, key_pieces};
 use super::tile::{Tile, Work, part};
 use crate::AscendDevice;
 use crate::tensor::Tensor;
 
 /// Queues a backward call.
-pub(super) fn backward(work: &Work<'_>, plan: &AscendPlan, args: &Backward<'_, AscendDevice>) -> Result<()> {
+pub(super) fn backward(work: &Work<'_>, plan: &BasicPlan, args: &Backward<'_, AscendDevice>) -> Result<()> {
     // Heads that no query head uses still have gradients to be written.
     let used = plan.units.first().map_or(0, |u| u.kv.start)..plan.units.last().map_or(0, |u| u.kv.end);
     for gradient in [&args.dk, &args.dv] {
@@ -38,7 +38,7 @@ pub(super) fn backward(work: &Work<'_>, plan: &AscendPlan, args: &Backward<'_, A
 
 impl Work<'_> {
     /// Pass 1 for a tile of rows.
-    fn queries(&self, plan: &AscendPlan, unit: &Unit, tile: &RowTile, args: &Backward<'_, AscendDevice>) -> Result<()> {
+    fn queries(&self, plan: &BasicPlan, unit: &Unit, tile: &RowTile, args: &Backward<'_, AscendDevice>) -> Result<()> {
         if tile.slices.is_empty() {
             return self.clear(&args.dq, tile.batch, &unit.heads, &tile.rows);
         }
@@ -62,7 +62,7 @@ impl Work<'_> {
     }
 
     /// Pass 2 for a tile of keys.
-    fn keys(&self, plan: &AscendPlan, unit: &Unit, tile: &KeyTile, args: &Backward<'_, AscendDevice>) -> Result<()> {
+    fn keys(&self, plan: &BasicPlan, unit: &Unit, tile: &KeyTile, args: &Backward<'_, AscendDevice>) -> Result<()> {
         if tile.pairs.is_empty() {
             self.clear(&args.dk, tile.batch, &unit.kv, &tile.keys)?;
             return self.clear(&args.dv, tile.batch, &unit.kv, &tile.keys);

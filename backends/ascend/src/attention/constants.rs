@@ -11,7 +11,6 @@ use longspan_hal::{DType, Device, Priority, Result, Strided, ViewMut};
 use super::plan::TILE;
 use crate::AscendDevice;
 use crate::memory::AscendBuffer;
-use crate::ops::Ops;
 use crate::tensor::Tensor;
 
 /// Counting numbers on the device: bounds heads.
@@ -29,7 +28,10 @@ const TRIANGLE: usize = 0;
 const COUNTS_F32: usize = TRIANGLE + SIDE * SIDE;
 const COUNTS_I64: usize = COUNTS_F32 + COUNT * 4;
 const FLOORS: usize = COUNTS_I64 + COUNT * 8;
-const BYTES: usize = FLOORS + 64;
+const COMPRESSED: usize = FLOORS + 64;
+
+/// Side of the compressed mask of fused attention.
+const COMPRESSED_SIDE: usize = 2048;
 
 /// Replaces a maximum of -inf in exponents.
 const LOWEST: f32 = -f32::MAX;
@@ -37,20 +39,20 @@ const LOWEST: f32 = -f32::MAX;
 const TINY: f32 = 1e-30;
 
 impl Constants {
-    /// Uploads the constants; waits for it.
-    pub fn new(device: &AscendDevice) -> Result<Self> {
-        let mut bytes = vec![0u8; BYTES];
-        for a in 0..SIDE {
-            bytes[a * SIDE + a + 1..(a + 1) * SIDE].fill(1);
-        }
+    /// Uploads the constants, those of fused attention if it is; waits for it.
+    pub fn new(device: &AscendDevice, fused: bool) -> Result<Self> {
+        let length = COMPRESSED + if fused { COMPRESSED_SIDE * COMPRESSED_SIDE } else { 0 };
+        let mut bytes = vec![0u8; length];
+        upper(&mut bytes[TRIANGLE..COUNTS_F32], SIDE);
+        upper(&mut bytes[COMPRESSED..], COMPRESSED_SIDE);
         for i in 0..COUNT {
             bytes[COUNTS_F32 + 4 * i..][..4].copy_from_slice(&(i as f32).to_le_bytes());
             bytes[COUNTS_I64 + 8 * i..][..8].copy_from_slice(&(i as i64).to_le_bytes());
         }
         bytes[FLOORS..][..4].copy_from_slice(&LOWEST.to_le_bytes());
         bytes[FLOORS + 4..][..4].copy_from_slice(&TINY.to_le_bytes());
-        let (buffer, stream) = (device.alloc(BYTES)?, device.stream(Priority::Normal)?);
-        let at = Strided::dense(DType::F32, [1, 1, 1, BYTES / 4]);
+        let (buffer, stream) = (device.alloc(length)?, device.stream(Priority::Normal)?);
+        let at = Strided::dense(DType::F32, [1, 1, 1, length / 4]);
         device.upload(&stream, &bytes, ViewMut::new(&buffer, at)?)?;
         device.synchronize(&stream, LIMIT)?;
         Ok(Self(buffer))
@@ -83,6 +85,11 @@ impl Constants {
         }
     }
 
+    /// The compressed causal mask of fused attention, `[2048, 2048]`, true above the diagonal.
+    pub fn compressed(&self) -> Tensor {
+        Tensor::dense(self.0.address() + COMPRESSED, aclDataType::ACL_BOOL, &[COMPRESSED_SIDE; 2])
+    }
+
     /// `0, 1, 2, ...` in f32 with these dims.
     pub fn counts(&self, dims: &[usize]) -> Tensor {
         Tensor::dense(self.0.address() + COUNTS_F32, aclDataType::ACL_FLOAT, dims)
@@ -104,26 +111,7 @@ impl Constants {
     }
 }
 
-/// Side of the compressed mask of fused attention.
-const COMPRESSED: usize = 2048;
-
-impl Constants {
-    /// Writes the compressed causal mask of fused attention, `[2048, 2048]`, true above the diagonal, from parts of the triangle.
-    pub fn compressed(&self, ops: Ops<'_>, to: &Tensor) -> Result<()> {
-        let tiles = COMPRESSED / TILE;
-        for i in 0..tiles {
-            let rows = to.narrow(0, i * TILE..(i + 1) * TILE);
-            // Tiles on the diagonal hold the triangle, those right of it are true, those left of it false.
-            for j in 0..tiles {
-                let tile = rows.narrow(1, j * TILE..(j + 1) * TILE);
-                let hi = match j.cmp(&i) {
-                    std::cmp::Ordering::Less => TILE as i64,
-                    std::cmp::Ordering::Equal => 0,
-                    std::cmp::Ordering::Greater => -(TILE as i64),
-                };
-                ops.copy(&self.above(hi, [TILE, TILE]), &tile)?;
-            }
-        }
-        Ok(())
-    }
+/// Ones above the diagonal of a square, if there is one.
+fn upper(square: &mut [u8], side: usize) {
+    square.chunks_exact_mut(side).enumerate().for_each(|(i, row)| row[i + 1..].fill(1));
 }

@@ -17,7 +17,7 @@
 use longspan_hal::{Forward, Result, Stage};
 
 use super::place;
-use super::plan::{AscendPlan, RowTile, Unit, key_pieces};
+use super::plan::{BasicPlan, RowTile, Unit, key_pieces};
 use super::tile::{Tile, Work, part};
 use crate::AscendDevice;
 use crate::tensor::Tensor;
@@ -30,7 +30,7 @@ struct State {
 }
 
 /// Queues a forward call.
-pub(super) fn forward(work: &Work<'_>, plan: &AscendPlan, args: &Forward<'_, AscendDevice>) -> Result<()> {
+pub(super) fn forward(work: &Work<'_>, plan: &BasicPlan, args: &Forward<'_, AscendDevice>) -> Result<()> {
     let continues = matches!(args.stage, Stage::Continue(_));
     for unit in &plan.units {
         work.load_extras(unit, &args.extras)?;
@@ -42,7 +42,7 @@ pub(super) fn forward(work: &Work<'_>, plan: &AscendPlan, args: &Forward<'_, Asc
 }
 
 impl Work<'_> {
-    fn row_tile(&self, plan: &AscendPlan, unit: &Unit, tile: &RowTile, args: &Forward<'_, AscendDevice>) -> Result<()> {
+    fn row_tile(&self, plan: &BasicPlan, unit: &Unit, tile: &RowTile, args: &Forward<'_, AscendDevice>) -> Result<()> {
         let (heads, m) = (unit.heads.len(), tile.rows.len());
         let state = State {
             acc: self.slots.wide.of(&[heads, m, self.spec.head_dim_v]),

@@ -1,7 +1,7 @@
-//! Attention from batched matmuls and small operators, tiled over queries and keys, so that memory stays small; and the fused
-//! forward where it can.
+//! Attention from batched matmuls and small operators, tiled over queries and keys, so that memory stays small; and fused
+//! attention for what it can.
 //!
-//! Everything is computed in f32, whatever the dtype of the inputs. Heads are worked on in *units*: neighbouring KV heads with
+//! The basic one computes everything in f32, whatever the dtype of the inputs. Heads are worked on in *units*: neighbouring KV heads with
 //! equally many query heads each, so that `[kv, group * rows, dim]` is one batched matmul for all of them.
 
 mod backward;
@@ -27,12 +27,23 @@ use crate::stream::{Kept, StreamState};
 use crate::{AscendDevice, AscendStream, NAME};
 
 use constants::Constants;
-pub use plan::AscendPlan;
+use fused::FusedPlan;
+use plan::BasicPlan;
 use space::Slots;
 use tile::Work;
 
 /// The largest head that is computed.
 const HEAD_DIM: usize = 256;
+
+/// A planned call.
+#[derive(Debug)]
+pub struct AscendPlan(Planned);
+
+#[derive(Debug)]
+enum Planned {
+    Basic(BasicPlan),
+    Fused(FusedPlan),
+}
 
 /// Attention of one device.
 #[derive(Debug)]
@@ -42,22 +53,22 @@ pub struct AscendAttention {
 }
 
 impl AscendAttention {
-    /// The attention of `device`; `fused` for `FlashAttentionScore` forwards.
+    /// The attention of `device`; `fused` for `FlashAttentionScore` and its gradient.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn new(device: &AscendDevice, fused: bool) -> Result<Self> {
-        Ok(Self { constants: Arc::new(Constants::new(device)?), fused })
+        Ok(Self { constants: Arc::new(Constants::new(device, fused)?), fused })
     }
 
-    fn work<'a>(&'a self, on: &'a StreamState, plan: &'a AscendPlan, scratch: &AscendBuffer) -> Work<'a> {
+    fn work<'a>(&'a self, on: &'a StreamState, plan: &'a BasicPlan, scratch: &AscendBuffer) -> Work<'a> {
         let slots = Slots::new(scratch.address(), &plan.spec, plan.sizes());
         Work { ops: Ops::new(on), constants: &self.constants, spec: &plan.spec, slots }
     }
 
     /// The caller's scratch, or the stream's own.
     fn scratch(&self, on: &AscendStream, plan: &AscendPlan, given: Option<&AscendBuffer>) -> Result<AscendBuffer> {
-        let wanted = plan.scratch_bytes();
+        let wanted = self.scratch_bytes(plan);
         match given {
             Some(scratch) if scratch.bytes() >= wanted => Ok(scratch.clone()),
             Some(scratch) => {
@@ -110,15 +121,27 @@ impl Attention<AscendDevice> for AscendAttention {
 
     fn plan(&self, _on: &AscendStream, spec: &Spec, slices: &Slices) -> Result<AscendPlan> {
         self.supports(spec)?;
-        if self.fused {
-            fused::check_slices(slices)?;
-        }
-        Ok(AscendPlan::new(spec, slices))
+        Ok(AscendPlan(if self.fused {
+            Planned::Fused(FusedPlan::new(spec, slices))
+        } else {
+            Planned::Basic(BasicPlan::new(spec, slices))
+        }))
     }
 
     fn scratch_bytes(&self, plan: &AscendPlan) -> usize {
-        let fused = if self.fused { fused::scratch_bytes(plan) } else { 0 };
-        plan.scratch_bytes().max(fused)
+        match &plan.0 {
+            Planned::Basic(plan) => plan.scratch_bytes(),
+            Planned::Fused(plan) => plan.scratch_bytes(),
+        }
+    }
+
+    fn kernels(&self, plan: &AscendPlan, backward: bool) -> Vec<String> {
+        let name = match (&plan.0, backward) {
+            (Planned::Basic(_), _) => "aclnnBatchMatMul",
+            (Planned::Fused(_), false) => "aclnnFlashAttentionScore",
+            (Planned::Fused(_), true) => "aclnnFlashAttentionScoreGrad",
+        };
+        vec![name.to_owned()]
     }
 
     fn forward(&self, on: &AscendStream, plan: &AscendPlan, args: &Forward<'_, AscendDevice>) -> Result<()> {
@@ -132,17 +155,13 @@ impl Attention<AscendDevice> for AscendAttention {
                 buffers.extend([p.acc.buffer(), p.m.buffer(), p.l.buffer(), out.buffer(), lse.buffer()]);
             }
         }
-        if self.fused {
-            let scratch = match args.scratch {
-                Some(scratch) => scratch.clone(),
-                None => on.0.temporary(self.scratch_bytes(plan))?,
-            };
-            fused::forward(Ops::new(&on.0), &self.constants, plan, args, &scratch)?;
-            buffers.push(&scratch);
-            return keep(&on.0, buffers);
-        }
         let scratch = self.scratch(on, plan, args.scratch)?;
-        forward::forward(&self.work(&on.0, plan, &scratch), plan, args)?;
+        match &plan.0 {
+            Planned::Basic(plan) => forward::forward(&self.work(&on.0, plan, &scratch), plan, args)?,
+            Planned::Fused(plan) => {
+                fused::forward(Ops::new(&on.0), &self.constants, plan, args, scratch.address())?;
+            }
+        }
         buffers.extend([&scratch, self.constants.buffer()]);
         keep(&on.0, buffers)
     }
@@ -162,7 +181,12 @@ impl Attention<AscendDevice> for AscendAttention {
     fn backward(&self, on: &AscendStream, plan: &AscendPlan, args: &Backward<'_, AscendDevice>) -> Result<()> {
         on.0.enter()?;
         let scratch = self.scratch(on, plan, args.scratch)?;
-        backward::backward(&self.work(&on.0, plan, &scratch), plan, args)?;
+        match &plan.0 {
+            Planned::Basic(plan) => backward::backward(&self.work(&on.0, plan, &scratch), plan, args)?,
+            Planned::Fused(plan) => {
+                fused::backward(Ops::new(&on.0), &self.constants, plan, args, scratch.address())?;
+            }
+        }
         let mut buffers = vec![args.q.buffer(), args.k.buffer(), args.v.buffer(), args.dout.buffer()];
         buffers.extend([args.lse.buffer(), args.delta.buffer(), &scratch, self.constants.buffer()]);
         buffers.extend([args.dq, args.dk, args.dv].map(|g| g.into.buffer()));

@@ -22,9 +22,9 @@ const LOGITS: usize = 1 << 21;
 /// The same with dropout, which needs ten 8-byte numbers a logit.
 const LOGITS_DROPOUT: usize = 1 << 18;
 
-/// A planned call.
+/// A planned call of basic attention.
 #[derive(Debug)]
-pub struct AscendPlan {
+pub(super) struct BasicPlan {
     pub(super) spec: Spec,
     pub(super) slices: Slices,
     pub(super) units: Vec<Unit>,
@@ -73,7 +73,7 @@ pub(super) struct Sizes {
     pub keys: usize,
 }
 
-impl AscendPlan {
+impl BasicPlan {
     /// Plans `slices` of `spec`.
     pub(super) fn new(spec: &Spec, slices: &Slices) -> Self {
         let units = units(spec);
@@ -136,7 +136,7 @@ fn cut(range: Range<usize>, tile: usize) -> impl Iterator<Item = Range<usize>> {
     range.step_by(tile).map(move |from| from..(from + tile).min(end))
 }
 
-fn row_tiles(spec: &Spec, slices: &Slices, tile: usize) -> Vec<RowTile> {
+pub(super) fn row_tiles(spec: &Spec, slices: &Slices, tile: usize) -> Vec<RowTile> {
     let (mut tiles, mut next) = (Vec::new(), (0, 0));
     let gap = |tiles: &mut Vec<RowTile>, next: &mut (usize, usize), batch: usize, row: usize| {
         while *next < (batch, row) {

@@ -97,6 +97,8 @@ pub const HCCL_LAYOUTS: &[Layout] = &[
 functions! {
     /// Communicators.
     pub struct Hccl {
+        /// Queues a message from every rank to every rank. Counts and displacements are lists of `u64`, one a rank, in elements.
+        fn HcclAlltoAllV(sendBuf: *const c_void, sendCounts: *const c_void, sdispls: *const c_void, sendType: HcclDataType, recvBuf: *const c_void, recvCounts: *const c_void, rdispls: *const c_void, recvType: HcclDataType, comm: HcclComm, stream: aclrtStream) -> HcclResult;
         /// Queues a barrier.
         fn HcclBarrier(comm: HcclComm, stream: aclrtStream) -> HcclResult;
         /// Queues sends and receives that run together.

@@ -33,7 +33,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         expectations: if parts == 1 { expectations::built_in(Cuda::NAME).to_owned() } else { String::new() },
         ..Options::default()
     };
-    let mut table = cases::table::<Cuda>(Cuda::NAME, options.seed);
+    let mut table = cases::table::<Cuda>(Cuda::NAME, options.seed, false);
     table.extend(foreign::cases());
     let mine = table.into_iter().enumerate().filter(|(i, _)| i % parts == part).map(|(_, case)| case).collect();
     let report = run_cases::<Cuda>(&options, mine, &mut |case, _, _| {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crate::link::{BARRIER, DATA, Peer, connect};
+use crate::link::{ALL_TO_ALL, BARRIER, DATA, Peer, connect};
 use crate::memory::{Span, span};
 use crate::runtime::{device, stream};
 use crate::state::{CONFIG, Handles, code, count, lock, misuse, random};
@@ -166,7 +166,7 @@ impl Comm {
     }
 
     /// Runs a batch: all sends leave, then receives are taken in order, then acknowledgements are awaited.
-    fn batch(&self, messages: &[Message], running: &Running<'_>) -> Result<(), i32> {
+    fn batch(&self, kind: u8, messages: &[Message], running: &Running<'_>) -> Result<(), i32> {
         let _turn = lock(&self.turn);
         let until = Instant::now() + CONFIG.timeout;
         let over = || running.aborted() || Instant::now() > until;
@@ -176,11 +176,11 @@ impl Comm {
                 s.address().map(|at| unsafe { std::slice::from_raw_parts(at, s.bytes()) }.to_vec())
             })?;
             count("bytes sent", bytes.len() as u64);
-            m.peer.send(DATA, m.dtype, m.count, &bytes);
+            m.peer.send(kind, m.dtype, m.count, &bytes);
         }
         for m in messages.iter().filter(|m| !m.send) {
             let frame = m.peer.receive(over).ok_or_else(|| self.lost())?;
-            if frame.kind != DATA || frame.dtype != m.dtype || frame.count != m.count {
+            if frame.kind != kind || frame.dtype != m.dtype || frame.count != m.count {
                 return Err(misuse(code::EXCEPTION, "a receive met another message than it expected"));
             }
             if let Some(span) = m.span {
@@ -219,11 +219,96 @@ pub unsafe extern "C" fn HcclBatchSendRecv(items: *mut c_void, n: u32, comm: *mu
     match messages {
         Ok(messages) => {
             count("launch exchange", 1);
-            stream.push(move |running| comm.batch(&messages, running));
+            stream.push(move |running| comm.batch(DATA, &messages, running));
             result::OK
         }
         Err(code) => code,
     }
+}
+
+/// One direction of an all-to-all.
+struct Lists {
+    send: bool,
+    base: *mut c_void,
+    counts: *const c_void,
+    offsets: *const c_void,
+    dtype: i32,
+}
+
+impl Comm {
+    /// Messages to or from every other rank; what a rank has for itself is not emulated.
+    ///
+    /// # Safety
+    /// Counts and offsets have an entry a rank.
+    unsafe fn messages(&self, lists: &Lists) -> Result<Vec<Message>, i32> {
+        let wrong = |text: &str| misuse(result::PARAMETER, text);
+        let size = size_of(lists.dtype).ok_or_else(|| wrong("an all-to-all of an unknown type"))?;
+        // SAFETY: by the caller.
+        let [counts, offsets] = [lists.counts, lists.offsets]
+            .map(|list| unsafe { std::slice::from_raw_parts(list.cast::<u64>(), self.peers.len()) });
+        let end = counts.iter().zip(offsets).filter(|(n, _)| **n > 0).map(|(n, at)| (n + at) as usize * size).max();
+        if end.is_some_and(|end| span(lists.base, end).is_none()) {
+            return Err(wrong("an all-to-all whose parts do not lie in one piece of device memory"));
+        }
+        let mut messages = Vec::new();
+        for (rank, (count, at)) in counts.iter().zip(offsets).enumerate() {
+            if self.peers[rank].is_none() {
+                if *count > 0 {
+                    return Err(wrong("an all-to-all with a message to oneself is not emulated"));
+                }
+                continue;
+            }
+            let buffer = lists.base.wrapping_byte_add(*at as usize * size);
+            let kind = i32::from(!lists.send);
+            messages.push(self.message(&Item {
+                kind,
+                buffer,
+                count: *count,
+                dtype: lists.dtype,
+                peer: rank as u32,
+            })?);
+        }
+        Ok(messages)
+    }
+}
+
+/// `hccl.h`. Every rank takes part, with or without bytes.
+///
+/// # Safety
+/// Counts and displacements point to a `u64` a rank.
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments)] // the vendor's signature
+pub unsafe extern "C" fn HcclAlltoAllV(
+    send: *const c_void,
+    send_counts: *const c_void,
+    send_offsets: *const c_void,
+    send_type: i32,
+    receive: *const c_void,
+    receive_counts: *const c_void,
+    receive_offsets: *const c_void,
+    receive_type: i32,
+    comm: *mut c_void,
+    on: *mut c_void,
+) -> i32 {
+    let Some(comm) = COMMS.get(comm) else { return misuse(result::PARAMETER, "a communicator that does not live") };
+    let Ok(stream) = stream(on) else { return result::RUNTIME };
+    let lists = [send_counts, send_offsets, receive_counts, receive_offsets];
+    if lists.iter().any(|l| l.is_null()) || send == receive {
+        return misuse(result::POINTER, "an all-to-all without its lists, or with one memory for both directions");
+    }
+    let sides = [(true, send, 0, send_type), (false, receive, 2, receive_type)];
+    let mut messages = Vec::new();
+    for (send, base, i, dtype) in sides {
+        let lists = Lists { send, base: base.cast_mut(), counts: lists[i], offsets: lists[i + 1], dtype };
+        // SAFETY: by the caller.
+        match unsafe { comm.messages(&lists) } {
+            Ok(more) => messages.extend(more),
+            Err(code) => return code,
+        }
+    }
+    count("launch all-to-all", 1);
+    stream.push(move |running| comm.batch(ALL_TO_ALL, &messages, running));
+    result::OK
 }
 
 /// `hccl.h`.

@@ -20,7 +20,8 @@
 //! [`longspan_emulator_report`].
 //!
 //! Environment: `LONGSPAN_EMULATOR_DEVICES` (8), `LONGSPAN_EMULATOR_MEMORY_MIB` (16384 of address space a process),
-//! `LONGSPAN_EMULATOR_DELAY_US` (100), `LONGSPAN_EMULATOR_SEED` (1), `LONGSPAN_EMULATOR_TIMEOUT_MS` of communication (30000).
+//! `LONGSPAN_EMULATOR_DELAY_US` (100), `LONGSPAN_EMULATOR_SEED` (1), `LONGSPAN_EMULATOR_TIMEOUT_MS` of communication (30000),
+//! `LONGSPAN_EMULATOR_REPORT` (any value: counts of launches and bytes on standard error when the process ends).
 
 #![allow(non_snake_case)] // the vendor's names
 

@@ -75,7 +75,17 @@ unsafe fn put<T>(to: *mut T, value: T) -> i32 {
 /// `acl.h`.
 #[unsafe(no_mangle)]
 pub extern "C" fn aclInit(_config: *const c_char) -> i32 {
-    if STARTED.swap(true, Ordering::AcqRel) { code::REPEAT } else { OK }
+    if STARTED.swap(true, Ordering::AcqRel) {
+        return code::REPEAT;
+    }
+    if std::env::var_os("LONGSPAN_EMULATOR_REPORT").is_some() {
+        extern "C" fn report() {
+            crate::longspan_emulator_report();
+        }
+        // SAFETY: the function is never unloaded, and touches nothing that ends before.
+        let _ = unsafe { libc::atexit(report) };
+    }
+    OK
 }
 
 /// `acl.h`.

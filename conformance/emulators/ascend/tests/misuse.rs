@@ -371,6 +371,42 @@ fn exchanges_in_another_order_fail() {
     caught(|| assert!(exchange([[16, 32], [32, 16]]).iter().any(|code| *code != 0)));
 }
 
+/// Two ranks exchange 16 bytes by an all-to-all, from `offsets[rank]` on of 32 bytes; rank 1 calls it only if `both`.
+fn all_to_all(offsets: [u64; 2], both: bool) -> [[i32; 2]; 2] {
+    let mut root = vec![0u8; 4108];
+    assert_eq!(unsafe { HcclGetRootInfo(root.as_mut_ptr().cast()) }, 0);
+    let ranks = [0, 1].map(|me| {
+        let root = root.clone();
+        std::thread::spawn(move || {
+            assert_eq!(aclrtSetDevice(me as i32), 0);
+            let mut comm = null_mut();
+            assert_eq!(unsafe { HcclCommInitRootInfo(2, root.as_ptr().cast(), me, &mut comm) }, 0);
+            let (on, from, to) = (stream(), memory(32), memory(32));
+            let peer = 1 - me as usize;
+            let [mut counts, mut starts] = [[0u64; 2]; 2];
+            (counts[peer], starts[peer]) = (16, offsets[me as usize]);
+            let (n, at) = (counts.as_ptr().cast(), starts.as_ptr().cast());
+            let code = if both || me == 0 {
+                unsafe { HcclAlltoAllV(from, n, at, 7, to, n, [0u64; 2].as_ptr().cast(), 7, comm, on) }
+            } else {
+                let item = |kind, buffer| Item { kind, buffer, count: 16, dtype: 7, peer: peer as u32 };
+                let items = [item(0, from), item(1, to)];
+                unsafe { HcclBatchSendRecv(items.as_ptr().cast_mut().cast(), 2, comm, on) }
+            };
+            [code, aclrtSynchronizeStreamWithTimeout(on, 20_000)]
+        })
+    });
+    ranks.map(|r| r.join().expect("a rank's thread"))
+}
+
+#[test]
+fn an_all_to_all_that_a_rank_takes_for_a_batch_or_that_leaves_its_memory_fails() {
+    let _turn = begin(0);
+    assert_eq!(fine(|| all_to_all([0, 16], true)), [[0; 2]; 2]);
+    caught(|| assert!(all_to_all([0, 16], false).iter().any(|codes| codes[1] != 0)));
+    caught(|| assert!(all_to_all([0, 1 << 30], true)[1][0] != 0));
+}
+
 #[test]
 fn two_ranks_on_one_device_are_refused() {
     let _turn = begin(0);

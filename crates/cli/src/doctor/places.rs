@@ -37,6 +37,8 @@ impl Places {
             libraries.push(system.into());
         }
         libraries.push(format!("/usr/lib/{}-linux-gnu", env::consts::ARCH).into());
+        // Where Debian puts libclang.
+        libraries.extend(expand(Path::new("/usr/lib/llvm-*")).into_iter().map(|root| root.join("lib")));
         libraries.extend(python_folders());
         Self { libraries, programs: paths_of("PATH") }
     }

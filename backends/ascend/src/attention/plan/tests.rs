@@ -40,7 +40,7 @@ proptest! {
 
     #[test]
     fn row_tiles_cover_every_row_and_pair_once((spec, slices, tile) in problem()) {
-        let plan = AscendPlan::with_tile(&spec, &slices, tile);
+        let plan = BasicPlan::with_tile(&spec, &slices, tile);
         let mut rows: Vec<_> = plan.rows.iter().flat_map(|t| t.rows.clone().map(|r| (t.batch, r))).collect();
         prop_assert!(rows.is_sorted());
         rows.dedup();
@@ -71,7 +71,7 @@ proptest! {
 
     #[test]
     fn key_tiles_cover_every_key_and_pair_once((spec, slices, tile) in problem()) {
-        let plan = AscendPlan::with_tile(&spec, &slices, tile);
+        let plan = BasicPlan::with_tile(&spec, &slices, tile);
         let keys: Vec<_> = plan.keys.iter().flat_map(|t| t.keys.clone().map(|k| (t.batch, k))).collect();
         prop_assert!(keys.is_sorted());
         prop_assert_eq!(keys.len(), spec.batch * spec.k_rows);
@@ -114,7 +114,7 @@ fn scratch_of_a_long_sequence_stays_small() {
     let causal = Slice { hi: 0, ..Slice::full(0, 0..32768, 0..32768) };
     for spec in [spec.clone(), spec.with_dropout(Some(0.1))] {
         let slices = Slices::new(&spec, [causal.clone()]).expect("one slice");
-        let bytes = AscendPlan::new(&spec, &slices).scratch_bytes();
+        let bytes = BasicPlan::new(&spec, &slices).scratch_bytes();
         assert!(bytes <= 256 << 20, "{bytes} bytes");
     }
 }

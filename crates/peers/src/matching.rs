@@ -11,10 +11,14 @@ use crate::wire::{Fields, Reader};
 
 /// One message as its rank declared it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Message {
+pub struct Message {
+    /// Whether this rank receives it.
     pub receives: bool,
+    /// The other rank.
     pub peer: u32,
+    /// Element type.
     pub dtype: DType,
+    /// Sizes of the axes.
     pub extent: Extent,
 }
 
@@ -26,7 +30,7 @@ impl Message {
 }
 
 /// An offer: messages, or why this rank has none.
-pub(crate) fn offer(messages: &Result<Vec<Message>>) -> Fields {
+pub fn offer(messages: &Result<Vec<Message>>) -> Fields {
     match messages {
         Err(error) => Fields::default().number(0).bytes(error.to_string().as_bytes()),
         Ok(messages) => messages.iter().fold(Fields::default().number(1), |fields, m| {
@@ -62,8 +66,11 @@ fn parse(offer: &[u8]) -> std::io::Result<std::result::Result<Vec<Message>, Stri
     Ok(Ok(messages))
 }
 
-/// Judges the offers of all ranks.
-pub(crate) fn judge(offers: &[Vec<u8>]) -> Result<()> {
+/// Judges the [`offer`]s of all ranks; whether every rank sends bytes to every other one.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the message that does not fit, the same on every rank.
+pub fn judge(offers: &[Vec<u8>]) -> Result<bool> {
     let wrong = |why: String| Err(Error::invalid("exchange", why));
     let mut all = Vec::new();
     for (rank, offer) in offers.iter().enumerate() {
@@ -92,7 +99,10 @@ pub(crate) fn judge(offers: &[Vec<u8>]) -> Result<()> {
             }
         }
     }
-    Ok(())
+    let sends = |from: usize, to: usize| {
+        all[from].iter().any(|m: &Message| !m.receives && m.peer as usize == to && m.bytes() > 0)
+    };
+    Ok((0..all.len()).all(|from| (0..all.len()).all(|to| from == to || sends(from, to))))
 }
 
 #[cfg(test)]
@@ -103,7 +113,7 @@ mod tests {
         Message { receives, peer, dtype: DType::F16, extent: [1, 2, 3, dim] }
     }
 
-    fn judged(lists: [Vec<Message>; 2]) -> Result<()> {
+    fn judged(lists: [Vec<Message>; 2]) -> Result<bool> {
         judge(&lists.map(|l| offer(&Ok(l)).0))
     }
 
@@ -117,7 +127,16 @@ mod tests {
             message(true, 0, 7),
         ];
         let b = vec![message(true, 0, 4), message(true, 0, 5), message(false, 0, 6)];
-        assert_eq!(judged([a, b]), Ok(()));
+        assert_eq!(judged([a, b]), Ok(true));
+    }
+
+    #[test]
+    fn all_to_all_means_bytes_from_every_rank_to_every_other() {
+        let pair = |dim, back| {
+            let a = vec![message(false, 1, dim), message(true, 1, back), message(false, 0, 3), message(true, 0, 3)];
+            judged([a, vec![message(true, 0, dim), message(false, 0, back)]])
+        };
+        assert_eq!([pair(4, 5), pair(4, 0), pair(0, 0)], [Ok(true), Ok(false), Ok(false)]);
     }
 
     #[test]

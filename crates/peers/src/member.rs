@@ -1,7 +1,7 @@
-//! A rank's place in its group: joining, calls that all ranks make together, the fault that ended the group.
+//! A rank's side of its group: joining, calls that all ranks make together, the fault that ended the group.
 
 use std::collections::HashMap;
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -9,16 +9,19 @@ use std::time::{Duration, Instant};
 use longspan_hal::{Error, Result, Step};
 
 use crate::board::kind;
-use crate::context::lock;
+use crate::lock;
+use crate::place::Place;
 use crate::wire::{Fields, Reader, read, write};
 
 /// How long the board may take to answer beyond a wait's own limit.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// A rank of a group.
+/// A rank of a group. Dropping it leaves the group; dropped by a panic, it gives the group up.
 #[derive(Debug)]
-pub(crate) struct Member {
+pub struct Member {
+    /// This rank, from 0.
     pub rank: u32,
+    /// Number of ranks.
     pub size: u32,
     /// Bounds every wait for a peer.
     pub limit: Duration,
@@ -30,7 +33,7 @@ pub(crate) struct Member {
 
 /// What the reader of the connection writes.
 #[derive(Debug, Default)]
-pub(crate) struct Shared {
+struct Shared {
     state: Mutex<State>,
     wake: Condvar,
 }
@@ -60,14 +63,25 @@ impl Fault {
 }
 
 impl Member {
-    /// Joins the group whose board is at `address`; waits until all ranks have.
-    pub fn join(address: SocketAddr, rank: u32, size: u32, limit: Duration) -> Result<Self> {
-        let unreachable = |e: std::io::Error| Error::invalid("group id", format!("no board at {address}: {e}"));
-        let mut socket =
-            TcpStream::connect_timeout(&address, limit.max(Duration::from_millis(1))).map_err(unreachable)?;
+    /// Joins the group whose board is at `place`, and waits until all ranks have; `limit` bounds this and every later wait
+    /// for a rank.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a rank out of range or taken, another size than the ranks before, or a board that can't be
+    /// reached; [`Error::Timeout`] naming how many ranks came.
+    pub fn join(place: &Place, rank: u32, size: u32, limit: Duration) -> Result<Self> {
+        if rank >= size {
+            return Err(Error::invalid("rank", format!("rank {rank} of a group of {size}")));
+        }
+        let unreachable = |e: std::io::Error| {
+            let how = "set LONGSPAN_ADDRESS, on the host of rank 0, to an address of it that all ranks reach";
+            Error::invalid("group", format!("its board can't be reached: {e}; {how}"))
+        };
+        let mut socket = place.connect(limit).map_err(unreachable)?;
         socket.set_nodelay(true).map_err(unreachable)?;
         let reader = socket.try_clone().map_err(unreachable)?;
-        let hello = Fields::default().number(u64::from(rank)).number(u64::from(size));
+        let hello = Fields::default().bytes(place.word()).number(u64::from(rank)).number(u64::from(size));
+        let hello = hello.bytes(this_process().as_bytes());
         write(&mut socket, kind::JOIN, &hello).map_err(unreachable)?;
         let shared = Arc::new(Shared::default());
         let listener = Arc::clone(&shared);
@@ -84,11 +98,11 @@ impl Member {
             calls: AtomicU64::new(0),
             step: Mutex::default(),
         };
-        this.gather()?;
+        this.wait_for_all()?;
         Ok(this)
     }
 
-    fn gather(&self) -> Result<()> {
+    fn wait_for_all(&self) -> Result<()> {
         if self.shared.until(self.limit, |s| s.joined.then_some(()))?.is_some() {
             return Ok(());
         }
@@ -97,11 +111,26 @@ impl Member {
         Err(Error::Timeout { call: came_text(came), limit: self.limit })
     }
 
-    /// Meets all ranks in their next common call; the offers of all ranks.
+    /// Collective. Meets all ranks in their next common call; the offers of all ranks, in rank order.
+    ///
+    /// # Errors
+    /// [`Error::PeerLost`]; [`Error::Invalid`] if another rank makes another call; [`Error::Timeout`].
     pub fn agree(&self, name: &'static str, offer: &Fields) -> Result<Vec<Vec<u8>>> {
+        self.call(kind::AGREE, name, offer)
+    }
+
+    /// Collective. As [`Member::agree`], but rank 0 alone gets the offers; the others get none.
+    ///
+    /// # Errors
+    /// As [`Member::agree`].
+    pub fn gather(&self, name: &'static str, offer: &Fields) -> Result<Vec<Vec<u8>>> {
+        self.call(kind::GATHER, name, offer)
+    }
+
+    fn call(&self, kind: u8, name: &'static str, offer: &Fields) -> Result<Vec<Vec<u8>>> {
         self.alive(name)?;
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
-        self.send(kind::AGREE, &Fields::default().number(call).bytes(name.as_bytes()).bytes(&offer.0));
+        self.send(kind, &Fields::default().number(call).bytes(name.as_bytes()).bytes(&offer.0));
         let verdict = |limit| {
             self.shared.until_or(limit, |s| match (s.verdicts.remove(&call), &s.fault) {
                 (Some(verdict), _) => Some(Ok(verdict)),
@@ -116,7 +145,10 @@ impl Member {
         verdict(GRACE).unwrap_or(Err(Error::Timeout { call: name, limit: self.limit }))
     }
 
-    /// Whether the group is not over, for `call`.
+    /// Checks that the group is not over, for `call`.
+    ///
+    /// # Errors
+    /// What ended it.
     pub fn alive(&self, call: &'static str) -> Result<()> {
         self.fault(call).map_or(Ok(()), Err)
     }
@@ -137,9 +169,16 @@ impl Member {
         self.send(kind::ROUND, &Fields::default().number(round));
     }
 
-    /// Says that round `round` does not end.
-    pub fn stuck(&self, round: u64) {
-        self.send(kind::STUCK_ROUND, &Fields::default().number(round));
+    /// Says that round `round` does not end, and which rank this one waits for if all have queued it. The answer is a
+    /// fault, which ends the group.
+    pub fn stuck(&self, round: u64, suspect: u32) {
+        self.send(kind::STUCK_ROUND, &Fields::default().number(round).number(u64::from(suspect)));
+    }
+
+    /// Waits for the fault that ends the group, for `call`; a [`Error::Timeout`] if none comes soon.
+    pub fn wait_for_fault(&self, call: &'static str) -> Error {
+        let fault = self.shared.until_or(GRACE, |s| s.fault.as_ref().map(|f| f.error(call)));
+        fault.unwrap_or(Error::Timeout { call, limit: self.limit })
     }
 
     /// Gives the group up.
@@ -147,6 +186,12 @@ impl Member {
         let step = *lock(&self.step);
         self.shared.fail(Fault::Lost(self.rank, step));
         self.send(kind::ABORT, &Fields::default().step(step));
+    }
+
+    /// Ends the connection as a death of the process does.
+    #[cfg(test)]
+    pub(crate) fn cut(self) {
+        let _ = lock(&self.socket).shutdown(Shutdown::Both);
     }
 
     fn send(&self, kind: u8, fields: &Fields) {
@@ -157,7 +202,12 @@ impl Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        let _ = lock(&self.socket).shutdown(Shutdown::Both);
+        if std::thread::panicking() {
+            self.abort();
+        }
+        self.send(kind::BYE, &Fields::default());
+        // The board reads what was sent before the end.
+        let _ = lock(&self.socket).shutdown(Shutdown::Write);
     }
 }
 
@@ -231,6 +281,15 @@ impl Shared {
             (None, None) => None,
         });
         found.transpose()
+    }
+}
+
+/// The process and its host, for messages.
+fn this_process() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match host.trim() {
+        "" => format!("process {}", std::process::id()),
+        host => format!("process {} on {host}", std::process::id()),
     }
 }
 

@@ -6,14 +6,17 @@ use std::sync::{LazyLock, Mutex};
 
 use longspan_hal::Step;
 
-use crate::context::lock;
+use crate::lock;
 
-/// The most bytes of a frame: lists of messages of thousands of ranks stay far below.
-const LIMIT: usize = 64 << 20;
+/// The most bytes of a frame: gathered results of a rank. Memory grows with what arrives, not with what is announced.
+const LIMIT: u64 = 64 << 30;
 
-/// Fields of a frame.
+/// Fields of a frame, or of what ranks offer each other.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Fields(pub Vec<u8>);
+pub struct Fields(
+    /// What was written so far.
+    pub Vec<u8>,
+);
 
 impl Fields {
     /// Adds a number.
@@ -37,10 +40,16 @@ impl Fields {
 
 /// Reads fields in the order in which they were added.
 #[derive(Debug)]
-pub(crate) struct Reader<'a>(pub &'a [u8]);
+pub struct Reader<'a>(
+    /// What was not read yet.
+    pub &'a [u8],
+);
 
 impl<'a> Reader<'a> {
     /// The next number.
+    ///
+    /// # Errors
+    /// If there are too few bytes.
     pub fn number(&mut self) -> Result<u64> {
         let (head, rest) = self.0.split_first_chunk().ok_or_else(|| Error::other("a frame that is too short"))?;
         self.0 = rest;
@@ -48,6 +57,9 @@ impl<'a> Reader<'a> {
     }
 
     /// The next bytes.
+    ///
+    /// # Errors
+    /// If there are too few bytes.
     pub fn bytes(&mut self) -> Result<&'a [u8]> {
         let n = self.number()? as usize;
         let (head, rest) = self.0.split_at_checked(n).ok_or_else(|| Error::other("a frame that is too short"))?;
@@ -56,11 +68,17 @@ impl<'a> Reader<'a> {
     }
 
     /// The next text.
+    ///
+    /// # Errors
+    /// If there are too few bytes.
     pub fn text(&mut self) -> Result<String> {
         Ok(String::from_utf8_lossy(self.bytes()?).into_owned())
     }
 
     /// The next step.
+    ///
+    /// # Errors
+    /// If there are too few bytes.
     pub fn step(&mut self) -> Result<Step> {
         let phase = intern(&self.text()?);
         Ok(Step { phase, index: self.number()? as u32 })
@@ -96,12 +114,14 @@ pub(crate) fn write(to: &mut impl Write, kind: u8, fields: &Fields) -> Result<()
 pub(crate) fn read(from: &mut impl Read) -> Result<(u8, Vec<u8>)> {
     let mut head = [0u8; 9];
     from.read_exact(&mut head)?;
-    let length = u64::from_le_bytes(std::array::from_fn(|i| head[i])) as usize;
+    let length = u64::from_le_bytes(std::array::from_fn(|i| head[i]));
     if length > LIMIT {
         return Err(Error::other("a frame that is too long"));
     }
-    let mut body = vec![0; length];
-    from.read_exact(&mut body)?;
+    let mut body = Vec::new();
+    if from.take(length).read_to_end(&mut body)? as u64 != length {
+        return Err(Error::from(std::io::ErrorKind::UnexpectedEof));
+    }
     Ok((head[8], body))
 }
 

@@ -1,24 +1,27 @@
-//! The progress board of a group: a small server in the process that made the group's id. Every rank holds one connection.
+//! The board of a group: a small server in one process, by custom that of rank 0. Every rank holds one connection.
 //!
 //! ```text
-//! JOIN rank, size             -> JOINED to all when the last came; CAME n to who asks with WAITING
+//! JOIN word, rank, size, who  -> JOINED to all when the last came; CAME n to who asks with WAITING
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
+//! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
 //! STEP, ROUND                 noted
 //! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the first rank that is not there yet
-//! connection ends             the rank left: whoever needs it from now on makes the group LOST
+//! BYE                         the rank left: whoever needs it from now on makes the group LOST
+//! connection ends without BYE the rank died: LOST to all
 //! ```
 //!
 //! The first fault stays, so all ranks name the same culprit.
 
 use std::collections::HashMap;
-use std::io::Result;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::io::{Read, Result};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use longspan_hal::Step;
 
-use crate::context::lock;
+use crate::lock;
+use crate::place::{Place, Reach};
 use crate::wire::{Fields, Reader, read, write};
 
 /// Kinds of frames, from and to the server.
@@ -31,6 +34,8 @@ pub(crate) mod kind {
     pub const STUCK_CALL: u8 = 6;
     pub const STUCK_ROUND: u8 = 7;
     pub const WAITING: u8 = 8;
+    pub const GATHER: u8 = 9;
+    pub const BYE: u8 = 10;
     pub const JOINED: u8 = 20;
     pub const VERDICT: u8 = 21;
     pub const LOST: u8 = 22;
@@ -42,17 +47,44 @@ pub(crate) mod kind {
 /// How long a server waits for its first connection.
 const NOBODY: Duration = Duration::from_secs(600);
 
-#[derive(Debug, Default)]
+/// How long a connection may take to say who it is, and a rank to take what it is told.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The most bytes of a JOIN: nothing of a stranger is kept.
+const HELLO: u64 = 4096;
+
+/// The server of one group.
+#[derive(Debug)]
+pub enum Board {}
+
+/// A rank that died, gave up, or did not come.
+#[derive(Clone, Debug)]
+pub struct Lost {
+    /// The rank.
+    pub rank: u32,
+    /// Its process and host, in its own words.
+    pub who: String,
+    /// The last step that it reported.
+    pub step: Step,
+}
+
+/// Told once, of the rank that ended the group.
+type Tell = Box<dyn Fn(Lost) + Send>;
+
+#[derive(Default)]
 struct Server {
     size: u64,
+    word: Vec<u8>,
     ranks: HashMap<u64, Rank>,
     calls: HashMap<u64, Call>,
     over: bool,
+    tell: Option<Tell>,
 }
 
 #[derive(Debug)]
 struct Rank {
     writer: TcpStream,
+    who: String,
     step: Step,
     /// Exchanges that it queued.
     rounds: u64,
@@ -63,33 +95,73 @@ struct Rank {
 struct Call {
     name: String,
     offers: HashMap<u64, Vec<u8>>,
+    /// Whether rank 0 alone gets the offers.
+    gather: bool,
 }
 
-/// Starts the server of a new group; its address.
-pub(crate) fn serve() -> Result<SocketAddr> {
-    // Ranks of other hosts reach this one where LONGSPAN_ADDRESS says.
-    let host = std::env::var("LONGSPAN_ADDRESS").ok().and_then(|a| a.parse::<IpAddr>().ok());
-    let host = host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let listener = TcpListener::bind((host, 0))?;
-    let address = listener.local_addr()?;
-    listener.set_nonblocking(true)?;
-    std::thread::Builder::new().name("longspan board".into()).spawn(move || accept(&listener))?;
-    Ok(address)
+impl Board {
+    /// Opens a board that threads of this process serve until all its ranks left.
+    ///
+    /// # Errors
+    /// If no socket can be opened.
+    pub fn open(reach: Reach) -> Result<Place> {
+        let (listener, place) = Place::open(reach)?;
+        Self::serve(listener, place.word().to_vec())?;
+        Ok(place)
+    }
+
+    /// Opens a board at an address that every rank knows, for ranks that say `word`.
+    ///
+    /// # Errors
+    /// If the address is taken, or not of this host.
+    pub fn open_at(address: SocketAddr, word: &[u8]) -> Result<Place> {
+        Self::serve(TcpListener::bind(address)?, word.to_vec())?;
+        Ok(Place::known(vec![address], word))
+    }
+
+    /// Opens a board, says where it is, and serves it in this thread until all its ranks left; `lost` hears of the rank that
+    /// ended the group.
+    ///
+    /// # Errors
+    /// If no socket can be opened, or `announce` fails.
+    pub fn host(
+        reach: Reach,
+        announce: impl FnOnce(&Place) -> Result<()>,
+        lost: impl Fn(Lost) + Send + 'static,
+    ) -> Result<()> {
+        let (listener, place) = Place::open(reach)?;
+        listener.set_nonblocking(true)?;
+        announce(&place)?;
+        let server = Server { word: place.word().to_vec(), tell: Some(Box::new(lost)), ..Server::default() };
+        let server = Arc::new(Mutex::new(server));
+        accept(&listener, &server);
+        while lock(&server).ranks.values().any(|r| !r.gone) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn serve(listener: TcpListener, word: Vec<u8>) -> Result<()> {
+        listener.set_nonblocking(true)?;
+        let server = Arc::new(Mutex::new(Server { word, ..Server::default() }));
+        let run = move || accept(&listener, &server);
+        std::thread::Builder::new().name("longspan board".into()).spawn(run).map(drop)
+    }
 }
 
 /// Accepts until all ranks came, everybody left, or nobody came for long.
-fn accept(listener: &TcpListener) {
-    let (server, start) = (Arc::new(Mutex::new(Server::default())), Instant::now());
+fn accept(listener: &TcpListener, server: &Arc<Mutex<Server>>) {
+    let start = Instant::now();
     loop {
         match listener.accept() {
             Ok((socket, _)) => {
-                let server = Arc::clone(&server);
+                let server = Arc::clone(server);
                 // Without a thread the connection closes, and the rank's join times out.
                 let _ =
                     std::thread::Builder::new().name("longspan board".into()).spawn(move || attend(socket, &server));
             }
             Err(_) => {
-                let server = lock(&server);
+                let server = lock(server);
                 let full = server.size > 0 && server.ranks.len() as u64 == server.size;
                 if full || server.over || start.elapsed() > NOBODY {
                     return;
@@ -104,25 +176,38 @@ fn accept(listener: &TcpListener) {
 /// Serves one connection until it ends.
 fn attend(mut socket: TcpStream, server: &Mutex<Server>) {
     let prepared = socket.set_nonblocking(false).and_then(|()| socket.set_nodelay(true));
+    let prepared = prepared.and_then(|()| socket.set_read_timeout(Some(PATIENCE)));
+    let prepared = prepared.and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
     let Ok(rank) = prepared.and_then(|()| join(&mut socket, server)) else { return };
+    if socket.set_read_timeout(None).is_err() {
+        return lock(server).leave(rank, false);
+    }
+    let mut bye = false;
     while let Ok((kind, body)) = read(&mut socket) {
-        if lock(server).handle(rank, kind, &mut Reader(&body)).is_err() {
+        bye = kind == kind::BYE;
+        if bye || lock(server).handle(rank, kind, &mut Reader(&body)).is_err() {
             break;
         }
     }
-    lock(server).leave(rank);
+    lock(server).leave(rank, bye);
+    // The rank's reader ends with it; a socket that is closed already is as good.
+    let _ = socket.shutdown(Shutdown::Both);
 }
 
 fn join(socket: &mut TcpStream, server: &Mutex<Server>) -> Result<u64> {
-    let (kind, body) = read(socket)?;
+    let (kind, body) = read(&mut Read::by_ref(socket).take(HELLO))?;
     let mut fields = Reader(&body);
-    let (rank, size) = (fields.number()?, fields.number()?);
+    let word = fields.bytes()?;
+    let (rank, size, who) = (fields.number()?, fields.number()?, fields.text()?);
     let mut server = lock(server);
     let refuse = |socket: &mut TcpStream, why: String| {
         write(socket, kind::REFUSED, &Fields::default().bytes(why.as_bytes()))?;
         Err(std::io::Error::other("refused"))
     };
-    if kind != kind::JOIN || (server.size > 0 && server.size != size) {
+    if kind != kind::JOIN || word != server.word {
+        return refuse(socket, "it is of another group or job".into());
+    }
+    if server.size > 0 && server.size != size {
         let why = format!("this rank joins {size} ranks, ranks before it joined {}", server.size);
         return refuse(socket, why);
     }
@@ -131,7 +216,7 @@ fn join(socket: &mut TcpStream, server: &Mutex<Server>) -> Result<u64> {
     }
     server.size = size;
     let writer = socket.try_clone()?;
-    server.ranks.insert(rank, Rank { writer, step: Step::default(), rounds: 0, gone: false });
+    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: 0, gone: false });
     if server.ranks.len() as u64 == size {
         server.tell_all(kind::JOINED, &Fields::default());
     }
@@ -141,9 +226,9 @@ fn join(socket: &mut TcpStream, server: &Mutex<Server>) -> Result<u64> {
 impl Server {
     fn handle(&mut self, rank: u64, kind: u8, fields: &mut Reader<'_>) -> Result<()> {
         match kind {
-            kind::AGREE => {
+            kind::AGREE | kind::GATHER => {
                 let (call, name, offer) = (fields.number()?, fields.text()?, fields.bytes()?.to_vec());
-                self.agree(rank, call, name, offer);
+                self.agree(rank, call, name, offer, kind == kind::GATHER);
             }
             kind::STEP => {
                 let step = fields.step()?;
@@ -167,10 +252,10 @@ impl Server {
                 }
             }
             kind::STUCK_ROUND => {
-                let round = fields.number()?;
+                let (round, suspect) = (fields.number()?, fields.number()?);
                 let behind = |r: &u64| self.ranks.get(r).is_none_or(|state| state.rounds < round);
-                // All of them queued it: the one that waits may as well name itself.
-                let lost = (0..self.size).find(behind).unwrap_or(rank);
+                // All of them queued it: the one that is waited for, as far as that is known.
+                let lost = (0..self.size).find(behind).unwrap_or(suspect);
                 self.lose(lost);
             }
             kind::WAITING => {
@@ -182,10 +267,10 @@ impl Server {
         Ok(())
     }
 
-    fn agree(&mut self, rank: u64, number: u64, name: String, offer: Vec<u8>) {
+    fn agree(&mut self, rank: u64, number: u64, name: String, offer: Vec<u8>, gather: bool) {
         let size = self.size;
-        let call = self.calls.entry(number).or_insert_with(|| Call { name: name.clone(), ..Call::default() });
-        if call.name != name {
+        let call = self.calls.entry(number).or_insert_with(|| Call { name: name.clone(), gather, ..Call::default() });
+        if call.name != name || call.gather != gather {
             let other = call.offers.keys().min().copied().unwrap_or(0);
             let why = format!(
                 "call {number} is `{name}` on rank {rank} and `{}` on rank {other}; all ranks must make the same calls in \
@@ -197,10 +282,14 @@ impl Server {
         }
         call.offers.insert(rank, offer);
         if call.offers.len() as u64 == size {
-            let fields = Fields::default().number(number);
-            let all = (0..size).fold(fields, |f, r| f.bytes(call.offers.get(&r).map_or(&[], Vec::as_slice)));
+            let none = Fields::default().number(number);
+            let all = |f: Fields, r| f.bytes(call.offers.get(&r).map_or(&[], Vec::as_slice));
+            let all = (0..size).fold(none.clone(), all);
             self.calls.remove(&number);
-            return self.tell_all(kind::VERDICT, &all);
+            for rank in 0..size {
+                self.tell(rank, kind::VERDICT, if gather && rank > 0 { &none } else { &all });
+            }
+            return;
         }
         self.need_calls();
     }
@@ -223,9 +312,12 @@ impl Server {
         }
     }
 
-    fn leave(&mut self, rank: u64) {
+    fn leave(&mut self, rank: u64, bye: bool) {
         if self.ranks.len() as u64 == self.size {
             self.ranks.entry(rank).and_modify(|r| r.gone = true);
+            if !bye {
+                self.lose(rank);
+            }
             self.need_calls();
             self.need_rounds();
         } else {
@@ -239,15 +331,21 @@ impl Server {
 
     fn lose(&mut self, rank: u64) {
         if !std::mem::replace(&mut self.over, true) {
-            let step = self.ranks.get(&rank).map_or_else(Step::default, |r| r.step);
+            let of = self.ranks.get(&rank);
+            let (step, who) = of.map_or_else(Default::default, |r| (r.step, r.who.clone()));
+            if let Some(tell) = &self.tell {
+                tell(Lost { rank: rank as u32, who, step });
+            }
             self.tell_all(kind::LOST, &Fields::default().number(rank).step(step));
         }
     }
 
     fn tell(&mut self, rank: u64, kind: u8, fields: &Fields) {
         if let Some(rank) = self.ranks.get_mut(&rank).filter(|r| !r.gone) {
-            // A rank that can't be told is gone; its own connection notices.
-            let _ = write(&mut rank.writer, kind, fields);
+            // A rank that can't be told is gone; its own connection notices, closed here if it only hangs.
+            if write(&mut rank.writer, kind, fields).is_err() {
+                let _ = rank.writer.shutdown(Shutdown::Both);
+            }
         }
     }
 

@@ -1,0 +1,7 @@
+//! Fused attention: `cargo test -p longspan-ascend --test fused`; see `suite`.
+
+mod suite;
+
+fn main() -> std::process::ExitCode {
+    suite::main::<longspan_ascend::AscendFused>()
+}

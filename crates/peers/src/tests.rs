@@ -1,0 +1,172 @@
+//! Ranks as threads: what the board tells whom.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use longspan_hal::{Error, Step};
+
+use crate::{Board, Fields, Member, Place, Reach};
+
+const LIMIT: Duration = Duration::from_secs(20);
+const STEP: Step = Step { phase: "ring forward", index: 3 };
+
+/// Runs `body` on `size` ranks of one group; what they return, in rank order.
+fn on_ranks<T: Send>(size: u32, limit: Duration, body: impl Fn(Member) -> T + Sync) -> Vec<T> {
+    let place = Board::open(Reach::Host).expect("a socket");
+    let (place, body) = (&place, &body);
+    thread::scope(|scope| {
+        let start = |rank| scope.spawn(move || body(Member::join(place, rank, size, limit).expect("all come")));
+        let all: Vec<_> = (0..size).map(start).collect();
+        all.into_iter().map(|t| t.join().expect("no panic")).collect()
+    })
+}
+
+#[test]
+fn offers_come_in_rank_order_and_a_gather_is_for_rank_0() {
+    let large = vec![7; 3 << 20];
+    on_ranks(4, LIMIT, |me| {
+        for round in 0..20u64 {
+            let offers = me.agree("offer", &Fields::default().number(u64::from(me.rank) + round)).expect("all offer");
+            let wanted: Vec<Vec<u8>> = (0..4).map(|r| Fields::default().number(r + round).0).collect();
+            assert_eq!(offers, wanted);
+        }
+        let gathered = me.gather("results", &Fields(large.clone())).expect("all offer");
+        assert_eq!(gathered, if me.rank == 0 { vec![large.clone(); 4] } else { vec![] });
+    });
+}
+
+#[test]
+fn another_call_is_named_on_every_rank() {
+    let errors = on_ranks(3, LIMIT, |me| {
+        let name = if me.rank == 2 { "prepare" } else { "window" };
+        me.agree(name, &Fields::default()).expect_err("not the same").to_string()
+    });
+    assert!(errors.iter().all(|e| e.contains("window") && e.contains("prepare")), "{errors:?}");
+}
+
+#[test]
+fn who_leaves_or_gives_up_or_dies_is_named_with_its_step() {
+    let leave: [fn(Member); 3] = [
+        drop,
+        |me| me.abort(),
+        |me| {
+            let _ = thread::spawn(move || {
+                let _me = me;
+                std::panic::resume_unwind(Box::new("dies"));
+            })
+            .join();
+        },
+    ];
+    for leave in leave {
+        let errors = on_ranks(3, LIMIT, |me| {
+            if me.rank == 1 {
+                me.progress(STEP);
+                leave(me);
+                return None;
+            }
+            Some(me.agree("prepare", &Fields::default()).expect_err("one is missing"))
+        });
+        let lost = Error::PeerLost { rank: 1, call: "prepare", step: STEP };
+        assert_eq!(errors, [Some(lost.clone()), None, Some(lost)]);
+    }
+}
+
+#[test]
+fn a_connection_that_ends_without_a_word_is_a_death() {
+    // Nobody waits in a call: the fault alone ends the group.
+    let faults = on_ranks(2, LIMIT, |me| {
+        if me.rank == 1 {
+            me.progress(STEP);
+            me.cut();
+            return None;
+        }
+        Some(me.wait_for_fault("exchange"))
+    });
+    assert_eq!(faults[0], Some(Error::PeerLost { rank: 1, call: "exchange", step: STEP }));
+}
+
+#[test]
+fn who_stays_away_is_named_after_the_limit() {
+    let limit = Duration::from_millis(200);
+    let errors = on_ranks(3, limit, |me| {
+        if me.rank == 2 {
+            return Some(me.wait_for_fault("its own wait"));
+        }
+        me.agree("prepare", &Fields::default()).err()
+    });
+    for error in errors {
+        assert!(matches!(error, Some(Error::PeerLost { rank: 2, .. })), "{error:?}");
+    }
+}
+
+#[test]
+fn a_round_that_does_not_end_names_who_is_behind_or_who_is_waited_for() {
+    for (queued, lost) in [(1, 1), (2, 2)] {
+        let errors = on_ranks(3, LIMIT, |me| {
+            me.queued(if me.rank == 1 { queued } else { 2 });
+            me.agree("queued", &Fields::default()).expect("all come");
+            if me.rank == 0 {
+                me.stuck(2, 2);
+            }
+            me.wait_for_fault("exchange")
+        });
+        assert!(errors.iter().all(|e| matches!(e, Error::PeerLost { rank, .. } if *rank == lost)), "{errors:?}");
+    }
+}
+
+#[test]
+fn strangers_and_second_comers_are_refused() {
+    let short = Duration::from_millis(300);
+    let place = Board::open(Reach::Host).expect("a socket");
+    let bytes = place.to_bytes();
+    let stranger = [&bytes[..8], &[0; 16], &bytes[24..]].concat();
+    let stranger = Place::from_bytes(&stranger).expect("another word");
+    assert!(Member::join(&stranger, 0, 2, short).is_err_and(|e| e.to_string().contains("another group")));
+    assert!(Member::join(&place, 2, 2, short).is_err_and(|e| matches!(e, Error::Invalid { .. })));
+    thread::scope(|scope| {
+        // One of the two gets the place, the other is told that it is taken.
+        let twice = [0, 1].map(|_| scope.spawn(|| Member::join(&place, 0, 2, LIMIT).map(drop)));
+        while !twice.iter().any(thread::ScopedJoinHandle::is_finished) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let _second = Member::join(&place, 1, 2, LIMIT).expect("the last");
+        let errors = twice.map(|t| t.join().expect("no panic").err()).into_iter().flatten().collect::<Vec<_>>();
+        assert!(errors.len() == 1 && errors[0].to_string().contains("taken"), "{errors:?}");
+    });
+}
+
+#[test]
+fn who_waits_alone_is_told_how_many_came() {
+    let (place, start) = (Board::open(Reach::Host).expect("a socket"), Instant::now());
+    match Member::join(&place, 0, 2, Duration::from_millis(300)) {
+        Err(Error::Timeout { call, .. }) => assert!(call.contains("1 rank came"), "{call}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(start.elapsed() < LIMIT);
+}
+
+#[test]
+fn a_hosted_board_tells_of_the_lost_rank_and_ends_when_all_left() {
+    let (places, place) = std::sync::mpsc::channel();
+    let (tell, told) = std::sync::mpsc::channel();
+    let host = thread::spawn(move || {
+        let announce = move |place: &Place| places.send(place.clone()).map_err(std::io::Error::other);
+        Board::host(Reach::Host, announce, move |lost| drop(tell.send(lost)))
+    });
+    let place = place.recv().expect("announced");
+    thread::scope(|scope| {
+        for rank in 0..3 {
+            let place = &place;
+            scope.spawn(move || {
+                let me = Member::join(place, rank, 3, LIMIT).expect("all come");
+                me.progress(STEP);
+                if rank == 2 { me.cut() } else { drop(me.wait_for_fault("exchange")) }
+            });
+        }
+    });
+    let lost = told.recv().expect("one was lost");
+    assert_eq!((lost.rank, lost.step), (2, STEP));
+    assert!(lost.who.contains(&std::process::id().to_string()), "{}", lost.who);
+    host.join().expect("no panic").expect("served");
+    assert!(told.recv().is_err(), "one rank is named, the first");
+}

@@ -1,0 +1,192 @@
+// dK and dV over slices on Hopper's warpgroup products for large heads, of which a warpgroup holds one gradient only; dQ is
+// computed by sm90_attention_backward_dq.cu.
+//
+//   one block = one tile of 64 keys of one KV head; copier and reader as in sm90_attention_backward.cu
+//     group 0, for each block of queries:
+//         S^T = K Q^T; P^T = exp2(S^T - lse), 0 outside the band; P^T to shared memory; dV += P^T dout is started
+//     group 1:
+//         dP^T = V dout^T; dS^T = P^T (dP^T - delta); dK += dS^T Q is started
+//
+// The operands P^T and dS^T of the second products stay in registers. P^T travels in the order of accumulators, which is the
+// same in both groups; a pair that dropout drops travels with a minus.
+//
+// Macros: those of sm90_backward.cuh (BLOCK_M: 64; BLOCK_N: 64; DQ: 0), REGISTERS, PRODUCER_REGISTERS.
+
+struct Group {
+    const BackwardParams &p;
+    const Block *blocks;
+    u32 base;
+    int warp, lane;
+    Tile tile;
+    u32 kv;
+
+    DEVICE void arrive(u32 barrier) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + barrier);
+    }
+
+    DEVICE int row() { return 16 * warp + lane / 4; }
+    DEVICE u32 exchange(u32 turn) { return base + P_AT + turn % 2 * P_BYTES + threadIdx.x % 128 * 16; }
+
+    // S^T becomes P^T as it weighs dout, and goes to the other group as it weighs dP^T.
+    DEVICE void probabilities(Pairs &s, const Block &block, const Score &score, u32 turn) {
+        const int key = int(tile.row0) + row(), query = block.query + lane % 4 * 2;
+        const u32 stats = base + STATS_AT + turn % STAGES * 2 * BLOCK_M * 4 + lane % 4 * 8;
+#if SOFTCAP
+        Pairs bent;
+#endif
+#if TRANSFORM
+        UNROLL for (int j = 0; j < BLOCK_M / 8; ++j)
+            UNROLL for (int e = 0; e < 4; ++e) {
+                float d;
+                s[j][e] = transform(score, block.piece, s[j][e], query + 8 * j + e % 2, key + 8 * (e / 2), d);
+#if SOFTCAP
+                bent[j][e] = d;
+#endif
+            }
+#endif
+        if (block.flags & MASKED) mask(s, block.piece, key, query);
+#if DROPOUT
+        const Dropout dropout = dropout_of(p.problem, tile.batch, block.head);
+#endif
+        barrier_wait(base + FREE_P + 8 * (turn % 2), turn / 2 & 1 ^ 1);
+        UNROLL for (int j = 0; j < BLOCK_M / 8; ++j) {
+            const float2 lse = load_shared2(stats + 32 * j);
+            float sent[4];
+            UNROLL for (int e = 0; e < 4; ++e) {
+                s[j][e] = exp2_fast(s[j][e] * score.unit - (e % 2 ? lse.y : lse.x));
+                sent[e] = s[j][e];
+#if SOFTCAP
+                sent[e] *= bent[j][e];
+#endif
+#if DROPOUT
+                const float keep = keep_factor(dropout, block.piece, query + 8 * j + e % 2, key + 8 * (e / 2));
+                s[j][e] *= keep;
+                sent[e] = keep == 0.0f ? -sent[e] : sent[e];
+#endif
+            }
+            store_shared4(exchange(turn) + j * 2048, __float_as_uint(sent[0]), __float_as_uint(sent[1]),
+                          __float_as_uint(sent[2]), __float_as_uint(sent[3]));
+        }
+        arrive(FULL_P + 8 * (turn % 2));
+    }
+
+    // dP^T becomes dS^T.
+    DEVICE void differences(Pairs &dp, u32 turn) {
+        const u32 stats = base + STATS_AT + turn % STAGES * 2 * BLOCK_M * 4 + lane % 4 * 8;
+        barrier_wait(base + FULL_P + 8 * (turn % 2), turn / 2 & 1);
+        UNROLL for (int j = 0; j < BLOCK_M / 8; ++j) {
+            const float2 delta = load_shared2(stats + BLOCK_M * 4 + 32 * j);
+            const float4 weight = load_shared4(exchange(turn) + j * 2048);
+            const float w[4] = {weight.x, weight.y, weight.z, weight.w};
+            UNROLL for (int e = 0; e < 4; ++e) {
+                float x = dp[j][e], by = w[e];
+#if DROPOUT
+                x = __float_as_uint(by) >> 31 ? 0.0f : x * p.problem.keep_scale;
+                by = fabsf(by);
+#endif
+                dp[j][e] = by * (x - (e % 2 ? delta.y : delta.x));
+            }
+        }
+        arrive(FREE_P + 8 * (turn % 2));
+    }
+
+    DEVICE const Block *described(u32 turn) {
+        barrier_wait(base + FULL_Q + 8 * (turn % STAGES), turn / STAGES & 1);
+        const Block *block = blocks + turn % BLOCKS;
+        return block->flags & END ? nullptr : block;
+    }
+    DEVICE u32 queries(u32 turn) { return base + Q_AT + turn % STAGES * Q_BYTES; }
+    DEVICE u32 gradients(u32 turn) { return base + O_AT + turn % STAGES * O_BYTES; }
+    DEVICE void wait_gradients(u32 turn) { barrier_wait(base + FULL_O + 8 * (turn % STAGES), turn / STAGES & 1); }
+    DEVICE void wait_statistics(u32 turn) { barrier_wait(base + FULL_S + 8 * (turn % STAGES), turn / STAGES & 1); }
+
+    DEVICE void values() {
+        float dv[HEAD_DIM_V / 8][4];
+        UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) dv[j][e] = 0.0f;
+        Pairs s;
+        Packed weights;
+        Score score = score_of(p.problem, 0);
+        u32 turn = 0;
+        while (const Block *block = described(turn)) {
+#if ALIBI
+            score = score_of(p.problem, block->head);
+#endif
+            start_pairs<HEAD_DIM>(s, base, queries(turn));
+            wait_statistics(turn);
+            products_wait<0>();
+            pin(s);
+            pin(dv);
+            pin(weights);
+            arrive(FREE_Q + 8 * (turn % STAGES));
+            if (turn > 0) arrive(FREE_O + 8 * ((turn - 1) % STAGES));
+            probabilities(s, *block, score, turn);
+            arrive(FREE_S + 8 * (turn % STAGES));
+            UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+            wait_gradients(turn);
+            pin(dv);
+            pin(weights);
+            start_gather<HEAD_DIM_V>(dv, weights, gradients(turn));
+            ++turn;
+        }
+        products_wait<0>();
+        pin(dv);
+        const bool add = p.add & 2;
+        if (tile.count || !add)
+            store_gradient<HEAD_DIM_V>(p.dv, tile, kv, row(), dv, EXACT ? HEAD_DIM_V : p.problem.head_dim_v, 1.0f, add);
+    }
+
+    DEVICE void keys() {
+        float dk[HEAD_DIM / 8][4];
+        UNROLL for (int j = 0; j < HEAD_DIM / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) dk[j][e] = 0.0f;
+        Pairs dp;
+        Packed ds;
+        u32 turn = 0;
+        while (described(turn)) {
+            wait_gradients(turn);
+            start_pairs<HEAD_DIM_V>(dp, base + V_AT, gradients(turn));
+            wait_statistics(turn);
+            products_wait<0>();
+            pin(dp);
+            pin(dk);
+            pin(ds);
+            arrive(FREE_O + 8 * (turn % STAGES));
+            if (turn > 0) arrive(FREE_Q + 8 * ((turn - 1) % STAGES));
+            differences(dp, turn);
+            arrive(FREE_S + 8 * (turn % STAGES));
+            UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(ds[i], dp[2 * i], dp[2 * i + 1]);
+            pin(dk);
+            pin(ds);
+            start_gather<HEAD_DIM>(dk, ds, queries(turn));
+            ++turn;
+        }
+        products_wait<0>();
+        pin(dk);
+        const bool add = p.add & 1;
+        if (tile.count || !add)
+            store_gradient<HEAD_DIM>(p.dk, tile, kv, row(), dk, EXACT ? HEAD_DIM : p.problem.head_dim, p.problem.scale, add);
+    }
+};
+
+KERNEL(THREADS, 1) attention_backward(PARAMS(MappedBackwardParams) p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 base = shared_address(memory);
+    const int warp = uniform(threadIdx.x / WARP), group = warp / 4, lane = threadIdx.x % WARP;
+    if (threadIdx.x == 0) init_barriers(base);
+    barrier();
+    const Place where = place(p.call.problem, p.call.problem.kv_heads);
+    const Tile tile = reinterpret_cast<const Tile *>(p.call.problem.tiles)[where.tile];
+    if (group == GROUPS) {
+        registers_less<PRODUCER_REGISTERS>();
+        if (warp % 4 == 0) Copier{p, memory, base, lane, tile, where.head}.run();
+        if (warp % 4 == 1) read_statistics(p, base, tile, where.head, lane);
+    } else {
+        registers_more<REGISTERS>();
+        barrier_wait(base + FULL_KV, 0);
+        Group of{p.call, reinterpret_cast<const Block *>(memory + BLOCKS_AT), base, warp % 4, lane, tile, where.head};
+        if (group == 0)
+            of.values();
+        else
+            of.keys();
+    }
+}

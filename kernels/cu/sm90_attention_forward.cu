@@ -1,0 +1,619 @@
+// Attention forward over slices on Hopper's warpgroup products (16-bit elements, f32 accumulation). Mathematics, lazy
+// rescaling and the partial's form are those of sm80_attention_forward.cu.
+//
+//   one resident block per multiprocessor; its warps have these roles:
+//     planner (one warp)            gets tiles of query rows from a common counter (longest first), ahead of time
+//     producer (one warp)           for each tile, for each block of BLOCK_N keys of the tile's pieces:
+//                                       wait until a stage is free; describe the block; start the copies of Q, K, V
+//     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
+//                                       S = Q K_n^T and acc += P V_{n-1} are started       (P in registers)
+//                                       S is there: P' = exp2(S - m), l += rowsum(P')      under P V_{n-1}
+//                                       acc is there: rescale it; P = P'
+//                                       between two tiles: write (acc, m, l), or out and lse
+//
+// The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. Groups
+// take turns in starting products, so that one's exponentials run under the other's products.
+// (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products, turns.)
+//
+// Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows.
+//
+// Macros: BLOCK_N, GROUPS, STAGES, Q_STAGES, PARTIAL, REGISTERS (of a consumer), PRODUCER_REGISTERS, TURNS.
+
+struct ForwardParams {
+    Problem problem;
+    Tensor q, k, v, out, lse;
+    Tensor acc, m, l;  // the partial, f32
+    Tensor sinks;      // f32 per global head; ptr 0: none
+    u32 stage;         // bit 0: load the partial, bit 1: store it (otherwise finish)
+    u32 unused;
+};
+struct MappedForwardParams {
+    TensorMap q, k, v;  // boxes of 64 columns; BLOCK_M or BLOCK_N rows
+    ForwardParams call;
+    u64 counter;  // u32 in device memory: 0, and 0 again when the kernel is done
+    u64 unused[3];
+};
+static_assert(sizeof(ForwardParams) == 416 && sizeof(MappedForwardParams) == 832, "layout");
+
+constexpr int BLOCK_M = 64 * GROUPS;
+constexpr int THREADS = 128 * (GROUPS + 1);
+constexpr float LAZY = 8.0f;
+constexpr int PANELS = (HEAD_DIM + 63) / 64, PANELS_V = (HEAD_DIM_V + 63) / 64;
+constexpr u32 Q_PANEL = BLOCK_M * 128, KEY_PANEL = BLOCK_N * 128;
+constexpr u32 Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * KEY_PANEL, V_BYTES = PANELS_V * KEY_PANEL;
+constexpr u32 K_AT = Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * K_BYTES, WORDS_AT = V_AT + STAGES * V_BYTES;
+
+typedef float Scores[BLOCK_N / 8][4];
+typedef float Output[HEAD_DIM_V / 8][4];
+
+// What the producer tells about a block of keys.
+enum : u32 {
+    FIRST = 1,   // of a tile: Q comes with it
+    LAST = 2,    // of a tile
+    END = 4,     // no more work
+    MASKED = 8   // << group: not all pairs are selected
+};
+struct Block {
+    Piece piece;
+    Tile tile;
+    i32 key;
+    u32 flags, head, q_stage;
+};
+static_assert(sizeof(Block) == 96, "layout");
+constexpr int BLOCKS = 4;  // more than STAGES: a description is read until the block's last product
+static_assert(STAGES < BLOCKS, "descriptions");
+
+// What the planner tells about a tile.
+struct Work {
+    Piece first;
+    Tile tile;
+    u32 head, kv, end, unused;  // end: no more work
+};
+static_assert(sizeof(Work) == 96, "layout");
+constexpr int WORKS = 2;
+constexpr int PIECE_WORDS = sizeof(Piece) / 4, TILE_WORDS = sizeof(Tile) / 4;
+
+// Memory barriers, then descriptions of blocks and tiles.
+constexpr u32 FULL_K = WORDS_AT, FULL_V = FULL_K + 8 * STAGES, FREE_K = FULL_V + 8 * STAGES, FREE_V = FREE_K + 8 * STAGES;
+constexpr u32 FULL_Q = FREE_V + 8 * STAGES, FREE_Q = FULL_Q + 8 * Q_STAGES, RAW_V = FREE_Q + 8 * Q_STAGES;
+constexpr u32 FULL_W = RAW_V + 8, FREE_W = FULL_W + 8 * WORKS;
+constexpr u32 BLOCKS_AT = WORDS_AT + 160, WORKS_AT = BLOCKS_AT + BLOCKS * sizeof(Block);
+static_assert(FREE_W + 8 * WORKS <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
+
+// ---- the producer ----
+
+struct Producer {
+    const MappedForwardParams &p;
+    unsigned char *memory;
+    u32 base;
+    int lane;
+    u32 turn, tiles, tails;  // counted from the kernel's start
+    // The values of block turn - 1, whose copy is not started yet: the keys of the block after it go first.
+    int value_batch, value_head, value_key, value_end;
+
+    DEVICE u32 free_parity(u32 turn) { return turn / STAGES & 1 ^ 1; }
+
+    // Copies Q of a tile.
+    DEVICE void queries(const Work &work) {
+        const u32 stage = tiles % Q_STAGES;
+        barrier_wait(base + FREE_Q + 8 * stage, tiles / Q_STAGES & 1 ^ 1);
+        if (lane != 0) return;
+        barrier_expect(base + FULL_Q + 8 * stage, Q_BYTES);
+        UNROLL for (int i = 0; i < PANELS; ++i)
+            copy_box(base + stage * Q_BYTES + i * Q_PANEL, &p.q,
+                     {64 * i, int(work.tile.row0), int(work.head), int(work.tile.batch)}, base + FULL_Q + 8 * stage);
+    }
+
+    // Bits of the groups that must mask.
+    DEVICE u32 masked(int row0, const Piece &piece, int key) {
+        u32 flags = 0;
+        const int last_key = key + BLOCK_N - 1;
+        UNROLL for (int g = 0; g < GROUPS; ++g) {
+            const int first = row0 + 64 * g, last = first + 63;
+            if (last_key >= piece.k1 || last_key - first > piece.hi || key - last < piece.lo) flags |= MASKED << g;
+        }
+        return flags;
+    }
+
+    // Copies V of block turn - 1. Rows past its piece become 0: they may hold anything, which 0 times them would spread.
+    DEVICE void values() {
+        const u32 s = (turn - 1) % STAGES, full = base + FULL_V + 8 * s, to = base + V_AT + s * V_BYTES;
+        barrier_wait(base + FREE_V + 8 * s, free_parity(turn - 1));
+        const bool tail = value_key + BLOCK_N > value_end;
+        const u32 arrived = tail ? base + RAW_V : full;
+        if (lane == 0) {
+            barrier_expect(arrived, V_BYTES);
+            UNROLL for (int i = 0; i < PANELS_V; ++i)
+                copy_box(to + i * KEY_PANEL, &p.v, {64 * i, value_key, value_head, value_batch}, arrived);
+        }
+        if (!tail) return;
+        barrier_wait(base + RAW_V, tails++ & 1);
+        for (int i = (value_end - value_key) * 8 + lane; i < BLOCK_N * 8; i += WARP)
+            UNROLL for (int panel = 0; panel < PANELS_V; ++panel) store_shared4(to + panel * KEY_PANEL + 16 * i, 0, 0, 0, 0);
+        fence_proxy();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full);
+    }
+
+    // Describes a block and copies its K, and V of the block before. A lane writes a word of the description.
+    DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
+        const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
+        flags |= masked(work.tile.row0, piece, key);
+        const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? u32(key)
+                         : lane == PIECE_WORDS + TILE_WORDS + 1 ? flags
+                         : lane == PIECE_WORDS + TILE_WORDS + 2 ? work.head
+                                                                : tiles % Q_STAGES;
+        const u32 *from = lane < PIECE_WORDS ? reinterpret_cast<const u32 *>(&piece) + lane
+                                             : reinterpret_cast<const u32 *>(&work.tile) + lane - PIECE_WORDS;
+        const u32 word = lane < PIECE_WORDS + TILE_WORDS ? *from : last;
+        barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
+        if (lane < int(sizeof(Block) / 4)) reinterpret_cast<u32 *>(memory + BLOCKS_AT + turn % BLOCKS * sizeof(Block))[lane] = word;
+        __syncwarp();
+        if (lane == 0) {
+            barrier_expect(full, K_BYTES);
+            UNROLL for (int i = 0; i < PANELS; ++i)
+                copy_box(base + K_AT + s * K_BYTES + i * KEY_PANEL, &p.k, {64 * i, key, int(work.kv), int(work.tile.batch)}, full);
+        }
+        if (flags & FIRST) queries(work);
+        if (turn > 0) values();
+        value_batch = work.tile.batch, value_head = work.kv, value_key = key, value_end = piece.k_end;
+        ++turn;
+    }
+
+    DEVICE void end() {
+        const u32 s = turn % STAGES;
+        barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
+        if (lane == 0) {
+            reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS].flags = END;
+            barrier_arrive(base + FULL_K + 8 * s);
+        }
+        if (turn > 0) values();
+    }
+
+    DEVICE void run() {
+        const Piece *pieces = reinterpret_cast<const Piece *>(p.call.problem.pieces);
+        for (;; ++tiles) {
+            barrier_wait(base + FULL_W + 8 * (tiles % WORKS), tiles / WORKS & 1);
+            const Work &work = reinterpret_cast<const Work *>(memory + WORKS_AT)[tiles % WORKS];
+            if (work.end) break;
+            for (u32 i = 0; i < work.tile.count; ++i) {
+                const Piece &piece = i == 0 ? work.first : pieces[work.tile.first + i];
+                const int end = piece.k1;
+                u32 flags = i == 0 ? FIRST : 0;
+                for (int key = piece.k0; key < end; key += BLOCK_N) {
+                    if (i + 1 == work.tile.count && key + BLOCK_N >= end) flags |= LAST;
+                    keys(work, piece, key, flags);
+                    flags = 0;
+                }
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + FREE_W + 8 * (tiles % WORKS));
+        }
+        end();
+    }
+};
+
+// ---- the planner ----
+
+// The results of a tile that sees no key: what an earlier call left, or nothing. 32 rows at a time: a lane works out the
+// factor of its row, then all lanes go over the columns of 4 rows at once, so that their loads are under way together.
+DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
+    const bool load = PARTIAL && (c.stage & 1), store = PARTIAL && (c.stage & 2);
+    if (load && store) return;
+    const int dim = c.problem.head_dim_v, end = int(t.row0 + t.rows);
+    const float sink = c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
+    for (int row0 = t.row0; row0 < end; row0 += WARP) {
+        const int own = row0 + lane;
+        float factor = 0.0f;
+        if (own < end && store) {
+            *at<float>(c.m, t.batch, own, head) = -INFINITY_F;
+            *at<float>(c.l, t.batch, own, head) = 0.0f;
+        } else if (own < end) {
+            const float m = load ? *at<const float>(c.m, t.batch, own, head) * LOG2E : -INFINITY_F;
+            const float before = load ? *at<const float>(c.l, t.batch, own, head) : 0.0f;
+            const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
+            const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
+            factor = l == 0.0f ? 0.0f : by / l;
+            *at<float>(c.lse, t.batch, own, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        }
+        for (int some = 0; some < WARP && row0 + some < end; some += 4) {
+            float scale[4];
+            UNROLL for (int i = 0; i < 4; ++i) scale[i] = __shfl_sync(0xffffffffu, factor, some + i);
+            for (int column = lane; column < dim; column += WARP) {
+                float x[4];
+                UNROLL for (int i = 0; i < 4; ++i) {
+                    const int row = row0 + some + i;
+                    x[i] = load && row < end ? at<const float>(c.acc, t.batch, row, head)[column] * scale[i] : 0.0f;
+                }
+                UNROLL for (int i = 0; i < 4; ++i) {
+                    const int row = row0 + some + i;
+                    if (row >= end) continue;
+                    if (store)
+                        at<float>(c.acc, t.batch, row, head)[column] = 0.0f;
+                    else
+                        at<u16>(c.out, t.batch, row, head)[column] = narrow(x[i]);
+                }
+            }
+        }
+    }
+}
+
+DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, int lane) {
+    const Problem &problem = p.call.problem;
+    const u32 total = problem.tile_count * problem.heads;
+    u32 index = block_index(), count = 0;
+    while (true) {
+        const bool end = index >= total;
+        const Place where = end ? Place{0, 0} : place_of(problem, problem.heads, index);
+        const Tile *tile = reinterpret_cast<const Tile *>(problem.tiles) + where.tile;
+        if (!end && tile->count == 0) {
+            settle(p.call, *tile, where.head, lane);
+        } else {
+            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (end ? 0 : tile->first));
+            const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? where.head
+                             : lane == PIECE_WORDS + TILE_WORDS + 1 ? kv_head(problem, where.head)
+                                                                    : u32(end);
+            const u32 *from = lane < PIECE_WORDS ? piece + lane : reinterpret_cast<const u32 *>(tile) + lane - PIECE_WORDS;
+            const u32 word = !end && lane < PIECE_WORDS + TILE_WORDS ? *from : last;
+            barrier_wait(base + FREE_W + 8 * (count % WORKS), count / WORKS & 1 ^ 1);
+            if (lane < int(sizeof(Work) / 4))
+                reinterpret_cast<u32 *>(memory + WORKS_AT + count % WORKS * sizeof(Work))[lane] = word;
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + FULL_W + 8 * (count % WORKS));
+            ++count;
+        }
+        if (end) return;
+        u32 taken = 0;
+        if (lane == 0) taken = take_number(reinterpret_cast<u32 *>(p.counter));
+        index = gridDim.x + uniform(taken);
+        // The last of all blocks to come here makes the counter 0 again.
+        if (lane == 0 && index == total + gridDim.x - 1) *reinterpret_cast<u32 *>(p.counter) = 0;
+    }
+}
+
+// ---- the consumers ----
+
+// Rows group and group + 8 of the warp's 16.
+struct Rows {
+    float m[2];  // reference maximum, in units of dot products (or log2 units with TRANSFORM)
+    float l[2];  // this lane's part of the row sum
+#if PARTIAL
+    float top[2];  // true maximum
+#endif
+};
+
+DEVICE void transform_all(Scores &s, const Score &f, const Piece &piece, int row, int key) {
+    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+        UNROLL for (int e = 0; e < 4; ++e) {
+            float unused;
+            s[j][e] = transform(f, piece, s[j][e], row + 8 * (e / 2), key + 8 * j + e % 2, unused);
+        }
+}
+
+DEVICE void mask(Scores &s, const Piece &piece, int row0, int key) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const int row = row0 + 8 * half, past = row + piece.hi + 1;
+        const int above = (past < piece.k1 ? past : piece.k1) - key, below = row + piece.lo - key;
+        UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+            UNROLL for (int e = 0; e < 2; ++e) {
+                const int c = 8 * j + e;
+                if (c >= above || c < below) s[j][2 * half + e] = -INFINITY_F;
+            }
+    }
+}
+
+DEVICE float row_maximum(const Scores &s, int half) {
+    float t[4];
+    UNROLL for (int i = 0; i < 4; ++i) t[i] = maximum(s[i][2 * half], s[i][2 * half + 1]);
+    UNROLL for (int j = 4; j < BLOCK_N / 8; ++j) t[j % 4] = maximum(t[j % 4], maximum(s[j][2 * half], s[j][2 * half + 1]));
+    float top = maximum(maximum(t[0], t[1]), maximum(t[2], t[3]));
+    top = maximum(top, shuffle_xor(top, 1));
+    return maximum(top, shuffle_xor(top, 2));
+}
+
+// Moves m towards the maximum of the block where needed, and with it l. Returns the factors on acc.
+DEVICE float2 follow_maximum(const Scores &s, Rows &r, float unit) {
+    float top[2], by[2] = {1.0f, 1.0f};
+    UNROLL for (int half = 0; half < 2; ++half) {
+        top[half] = row_maximum(s, half);
+#if PARTIAL
+        r.top[half] = maximum(r.top[half], top[half]);
+#endif
+        if ((top[half] - r.m[half]) * unit > LAZY) {
+            by[half] = exp2_fast((r.m[half] - top[half]) * unit);
+            r.m[half] = top[half];
+            r.l[half] *= by[half];
+        }
+    }
+    return make_float2(by[0], by[1]);
+}
+
+DEVICE void rescale(Output &acc, float2 by) {
+    if (!any_lane(by.x != 1.0f || by.y != 1.0f)) return;
+    UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) {
+        acc[j][0] *= by.x;
+        acc[j][1] *= by.x;
+        acc[j][2] *= by.y;
+        acc[j][3] *= by.y;
+    }
+}
+
+// S becomes P = exp2(S - m), and l grows.
+DEVICE void exponentials(Scores &s, Rows &r, float unit) {
+    float m[2], sum[2][2] = {};
+    UNROLL for (int half = 0; half < 2; ++half) m[half] = r.m[half] == -INFINITY_F ? 0.0f : r.m[half] * unit;
+    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+        UNROLL for (int e = 0; e < 4; ++e) {
+            s[j][e] = exp2_fast(s[j][e] * unit - m[e / 2]);
+            sum[e / 2][e % 2] += s[j][e];
+        }
+    UNROLL for (int half = 0; half < 2; ++half) r.l[half] += sum[half][0] + sum[half][1];
+}
+
+#if DROPOUT
+DEVICE void drop(Scores &s, const Dropout &d, const Piece &piece, int row, int key) {
+    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+        UNROLL for (int e = 0; e < 4; ++e)
+            s[j][e] *= keep_factor(d, piece, row + 8 * (e / 2), key + 8 * j + e % 2);
+}
+#endif
+
+// Natural units are units of m times `unit` times ln 2.
+DEVICE void load_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const int i = row + 8 * half;
+        if (i >= int(t.row0 + t.rows)) continue;
+        r.m[half] = *at<const float>(p.m, t.batch, i, head) / (unit * LN2);
+        r.l[half] = quad == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
+#if PARTIAL
+        r.top[half] = r.m[half];
+#endif
+        const float *from = at<const float>(p.acc, t.batch, i, head) + 2 * quad;
+        UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
+            load_pair(from + 8 * j, acc[j][2 * half], acc[j][2 * half + 1], dim - 8 * j - 2 * quad);
+    }
+}
+
+DEVICE float whole_row(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+#if PARTIAL
+DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const float l = whole_row(r.l[half]), top = r.top[half];
+        const float by = top == -INFINITY_F ? 1.0f : exp2_fast((r.m[half] - top) * unit);
+        const int i = row + 8 * half;
+        if (i >= int(t.row0 + t.rows)) continue;
+        if (quad == 0) {
+            *at<float>(p.m, t.batch, i, head) = top * (unit * LN2);
+            *at<float>(p.l, t.batch, i, head) = l * by;
+        }
+        float *to = at<float>(p.acc, t.batch, i, head) + 2 * quad;
+        UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
+            store_pair(to + 8 * j, acc[j][2 * half] * by, acc[j][2 * half + 1] * by, dim - 8 * j - 2 * quad);
+    }
+}
+#endif
+
+DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+    const float sink = p.sinks.ptr ? *at<const float>(p.sinks, 0, 0, p.problem.head_first + head) * LOG2E : -INFINITY_F;
+    UNROLL for (int half = 0; half < 2; ++half) {
+        float l = whole_row(r.l[half]), m = r.m[half] * unit;
+        if (r.m[half] == -INFINITY_F) m = -INFINITY_F;
+        float top = maximum(m, sink), by = 1.0f;
+        if (top != m) {  // the sink is above: everything shrinks by exp(m - sink)
+            by = exp2_fast(m - top);
+            l = l * by + 1.0f;
+        } else if (sink != -INFINITY_F) {
+            l += exp2_fast(sink - top);
+        }
+        const int i = row + 8 * half;
+        const bool inside = i < int(t.row0 + t.rows);
+        const float factor = l == 0.0f ? 0.0f : by / l;
+        if (inside && quad == 0) *at<float>(p.lse, t.batch, i, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        const int left = inside ? dim : 0;
+        u16 *to = at<u16>(p.out, t.batch, i, head);
+        UNROLL for (int j = 0; j + 4 <= HEAD_DIM_V / 8; j += 4)
+            store_pairs(to + 8 * j, reinterpret_cast<const float(&)[4][4]>(acc[j]), half, factor, quad, left - 8 * j);
+        UNROLL for (int j = HEAD_DIM_V / 32 * 4; j < HEAD_DIM_V / 8; ++j)
+            store_pair(to + 8 * j + 2 * quad, acc[j][2 * half] * factor, acc[j][2 * half + 1] * factor, left - 8 * j - 2 * quad);
+    }
+}
+
+DEVICE void begin(Rows &rows, Output &acc) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+        rows.m[half] = -INFINITY_F;
+        rows.l[half] = 0.0f;
+#if PARTIAL
+        rows.top[half] = -INFINITY_F;
+#endif
+    }
+    UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) acc[j][e] = 0.0f;
+}
+
+// S = Q K^T.
+DEVICE void scores(Scores &s, u32 q, u32 k) {
+    const Operand a = along_columns(q), b = along_columns(k);
+    products_fence();
+    UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
+        product<0, 0>(s, a.on(kk / 4 * Q_PANEL + kk % 4 * 32), b.on(kk / 4 * KEY_PANEL + kk % 4 * 32), kk > 0);
+    products_commit();
+}
+
+// acc += P V.
+DEVICE void weigh(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 v) {
+    const Operand b = along_rows(v, KEY_PANEL);
+    products_fence();
+    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) product<1>(acc, weights[kk], b.on(kk * 2048), true);
+    products_commit();
+}
+
+struct Consumer {
+    const ForwardParams &p;
+    const Block *blocks;
+    u32 base;
+    int group, lane, lane_row;
+    u32 tiles;  // whose Q was waited for
+    Score score;
+    Rows rows;
+
+    DEVICE const Block &described(u32 turn) {
+        barrier_wait(base + FULL_K + 8 * (turn % STAGES), turn / STAGES & 1);
+        return blocks[turn % BLOCKS];
+    }
+
+    DEVICE void wait_queries(const Block &block) {
+        barrier_wait(base + FULL_Q + 8 * block.q_stage, tiles / Q_STAGES & 1);
+        ++tiles;
+    }
+
+    DEVICE void start_scores(Scores &s, const Block &block, u32 turn) {
+        scores(s, base + block.q_stage * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
+    }
+
+    // K, and at a tile's end Q, may be overwritten.
+    DEVICE void free_keys(const Block &block, u32 turn) {
+        if (lane != 0) return;
+        barrier_arrive(base + FREE_K + 8 * (turn % STAGES));
+        if (block.flags & LAST) barrier_arrive(base + FREE_Q + 8 * block.q_stage);
+    }
+
+    DEVICE void start_values(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 turn) {
+        barrier_wait(base + FULL_V + 8 * (turn % STAGES), turn / STAGES & 1);
+        weigh(acc, weights, base + V_AT + turn % STAGES * V_BYTES);
+    }
+
+    DEVICE void free_values(u32 turn) {
+        if (lane == 0) barrier_arrive(base + FREE_V + 8 * (turn % STAGES));
+    }
+
+    DEVICE void start_tile(const Block &block, Output &acc) {
+        begin(rows, acc);
+#if ALIBI
+        score = score_of(p.problem, block.head);
+#endif
+        if (PARTIAL && (p.stage & 1))
+            load_partial(p, block.tile, block.head, int(block.tile.row0) + lane_row, score.unit, rows, acc);
+    }
+
+    // S becomes P; returns the factors on acc.
+    DEVICE float2 softmax(Scores &s, const Block &block) {
+        const int row = int(block.tile.row0) + lane_row, key = block.key + lane % 4 * 2;
+#if TRANSFORM
+        transform_all(s, score, block.piece, row, key);
+#endif
+        if (block.flags & MASKED << group) mask(s, block.piece, row, key);
+        const float2 by = follow_maximum(s, rows, score.unit);
+        exponentials(s, rows, score.unit);
+#if DROPOUT
+        drop(s, dropout_of(p.problem, block.tile.batch, block.head), block.piece, row, key);
+#endif
+        return by;
+    }
+
+    DEVICE void end_tile(const Block &block, Output &acc) {
+        const int row = int(block.tile.row0) + lane_row;
+#if PARTIAL
+        if (p.stage & 2) {
+            store_partial(p, block.tile, block.head, row, score.unit, rows, acc);
+            return;
+        }
+#endif
+        finish(p, block.tile, block.head, row, score.unit, rows, acc);
+    }
+
+    DEVICE void run() {
+        Output acc;
+        Scores s;
+        u32 weights[BLOCK_N / 16][4];
+        const Block *block = &described(0);
+        if (block->flags & END) return;
+        wait_queries(*block);
+        start_tile(*block, acc);
+        start_scores(s, *block, 0);
+        products_wait<0>();
+        pin(s);
+        free_keys(*block, 0);
+        rescale(acc, softmax(s, *block));
+        UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+        u32 turn = 1;
+        for (;; ++turn) {
+            const Block &next = described(turn);
+            const u32 flags = next.flags;
+            if (flags & END) break;
+            if (flags & FIRST) wait_queries(next);
+            if (TURNS) group_sync(1 + group, THREADS - 128);
+            pin(acc);
+            pin(weights);
+            start_scores(s, next, turn);
+            start_values(acc, weights, turn - 1);
+            if (TURNS) group_arrive(1 + (group + 1) % GROUPS, THREADS - 128);
+            products_wait<1>();
+            pin(s);
+            free_keys(next, turn);
+            if (flags & FIRST) {
+                products_wait<0>();
+                pin(acc);
+                end_tile(*block, acc);
+                start_tile(next, acc);
+            }
+            const float2 by = softmax(s, next);
+            products_wait<0>();
+            pin(acc);
+            pin(weights);
+            free_values(turn - 1);
+            rescale(acc, by);
+            UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+            block = &next;
+        }
+        pin(acc);
+        pin(weights);
+        start_values(acc, weights, turn - 1);
+        products_wait<0>();
+        pin(acc);
+        end_tile(*block, acc);
+    }
+};
+
+KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 base = shared_address(memory);
+    const int warp = uniform(threadIdx.x / WARP), group = warp / 4;
+    if (threadIdx.x == 0) {
+        UNROLL for (int i = 0; i < STAGES; ++i) {
+            barrier_init(base + FULL_K + 8 * i, 1);
+            barrier_init(base + FULL_V + 8 * i, 1);
+            barrier_init(base + FREE_K + 8 * i, 4 * GROUPS);
+            barrier_init(base + FREE_V + 8 * i, 4 * GROUPS);
+        }
+        UNROLL for (int i = 0; i < Q_STAGES; ++i) {
+            barrier_init(base + FULL_Q + 8 * i, 1);
+            barrier_init(base + FREE_Q + 8 * i, 4 * GROUPS);
+        }
+        barrier_init(base + RAW_V, 1);
+        UNROLL for (int i = 0; i < WORKS; ++i) {
+            barrier_init(base + FULL_W + 8 * i, 1);
+            barrier_init(base + FREE_W + 8 * i, 1);
+        }
+        fence_proxy();
+    }
+    barrier();
+    if (group == GROUPS) {
+        registers_less<PRODUCER_REGISTERS>();
+        if (warp % 4 == 0) Producer{p, memory, base, int(threadIdx.x % WARP)}.run();
+        if (warp % 4 == 1) plan(p, memory, base, int(threadIdx.x % WARP));
+    } else {
+        registers_more<REGISTERS>();
+        const int lane = threadIdx.x % WARP;
+        if (TURNS && group == GROUPS - 1) group_arrive(1, THREADS - 128);
+        Consumer{p.call, reinterpret_cast<const Block *>(memory + BLOCKS_AT), base, group, lane,
+                 64 * group + warp % 4 * 16 + lane / 4, 0, score_of(p.call.problem, 0)}
+            .run();
+        if (TURNS && group == 0) group_sync(1, THREADS - 128);
+    }
+}
