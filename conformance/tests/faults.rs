@@ -163,7 +163,7 @@ fn a_hung_rank_is_named_with_its_step() {
     let options = Options { limit: Duration::from_millis(250), ..options("planted") };
     let report = run_cases(&options, vec![case], &mut |_, _, _| {}).expect("the options are right");
     let message = &report.cases[0].message;
-    assert!(message.contains("hung") && message.contains("rank 1 (at: sleeping 3)"), "{message}");
-    assert!(!message.contains("rank 0 (at"), "{message}");
+    assert!(message.contains("rank 1: hung") && message.contains("(at: sleeping 3)"), "{message}");
+    assert!(!message.contains("rank 0"), "{message}");
     assert_eq!(report.exit_code(), 1);
 }
