@@ -204,7 +204,7 @@ DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
     const float sink = c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
     for (int row0 = t.row0; row0 < end; row0 += WARP) {
         const int own = row0 + lane;
-        float factor = 0.0f;
+        [[maybe_unused]] float factor = 0.0f;
         if (own < end && store) {
             *at<float>(c.m, t.batch, own, head) = -INFINITY_F;
             *at<float>(c.l, t.batch, own, head) = 0.0f;
@@ -216,6 +216,7 @@ DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
             factor = l == 0.0f ? 0.0f : by / l;
             *at<float>(c.lse, t.batch, own, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
         }
+#if PARTIAL
         for (int some = 0; some < WARP && row0 + some < end; some += 4) {
             float scale[4];
             UNROLL for (int i = 0; i < 4; ++i) scale[i] = __shfl_sync(0xffffffffu, factor, some + i);
@@ -235,6 +236,10 @@ DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
                 }
             }
         }
+#else
+        for (int row = row0; row < end && row < row0 + WARP; ++row)
+            for (int column = lane; column < dim; column += WARP) at<u16>(c.out, t.batch, row, head)[column] = 0;
+#endif
     }
 }
 
