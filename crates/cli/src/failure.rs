@@ -15,7 +15,7 @@ pub enum Failure {
     Input(String),
     /// The run failed. Exit code 1.
     Run(String),
-    /// Another process of the job says it. The exit code is the same.
+    /// It has been said already, here or by process 0 of the job. The exit code is the same.
     Said(u8),
     /// The run ended, but a result is outside its bound. Exit code 3.
     Verification(String),
@@ -30,6 +30,13 @@ impl Failure {
     /// A [`Failure::Run`] because of `why`.
     pub fn run(why: impl Display) -> Self {
         Self::Run(why.to_string())
+    }
+
+    /// Says it on stderr, unless it has been said.
+    pub fn print(&self) {
+        if !matches!(self, Self::Said(_)) {
+            eprintln!("error: {self}");
+        }
     }
 
     /// The exit code: 1 failed run, 2 bad usage or input, 3 verification failed.
@@ -52,7 +59,7 @@ impl Display for Failure {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Input(why) | Self::Run(why) => f.write_str(why),
-            Self::Said(_) => f.write_str("process 0 says why"),
+            Self::Said(_) => f.write_str("said already"),
             Self::Verification(why) => write!(f, "verification failed: {why}"),
         }
     }

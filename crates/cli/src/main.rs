@@ -49,9 +49,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            if !matches!(failure, failure::Failure::Said(_)) {
-                eprintln!("error: {failure}");
-            }
+            failure.print();
             failure.exit_code()
         }
     }

@@ -22,7 +22,7 @@ use longspan_peers::{Fields, Reader};
 use crate::failure::{Failure, Result};
 use crate::{progress, report};
 
-/// Time for every survivor to say what it knows before the job is ended.
+/// Time for every process to say what it knows before the job is ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// The processes of the job, if a launcher started several, and whether all of them still answer.
@@ -89,22 +89,31 @@ impl Job {
     }
 
     /// Collective: ends the job, and with `result` this process's part in it. Returns what is left to print.
+    ///
+    /// Launchers end a job, and drop what its processes still have to say, as soon as one process ends with an error. So
+    /// process 0 says it before the others leave, and ends before them.
     pub fn leave(self, result: Result<()>) -> Result<()> {
-        let rank = self.processes.rank();
+        let leads = self.leads();
         // Whoever holds a copy is done with it: parts of the work have ended.
         let Some(processes) = Arc::into_inner(self.processes) else { return result };
         if self.broken.into_inner() {
             if let Err(failure) = &result {
-                eprintln!("error: rank {rank}: {failure}");
+                eprintln!("error: rank {}: {failure}", processes.rank());
             }
             std::thread::sleep(LAST_WORDS);
             processes.abort(1);
         }
+        let said = result.map_err(|failure| {
+            if leads {
+                failure.print();
+            }
+            Failure::Said(failure.code())
+        });
         processes.leave();
-        match result {
-            Err(failure) if rank > 0 => Err(Failure::Said(failure.code())),
-            other => other,
+        if said.is_err() && !leads {
+            std::thread::sleep(LAST_WORDS);
         }
+        said
     }
 }
 
