@@ -33,10 +33,9 @@ DEVICE void barrier_wait(u32 at, u32 parity) {
         : "memory");
 }
 
-// ---- barriers among some warps: ids 1..15, `threads` counts those that sync and those that arrive ----
+// ---- a barrier among some warps: ids 1..15 ----
 
 DEVICE void group_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEVICE void group_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- bulk copies ----
 
@@ -66,7 +65,6 @@ template <int PENDING> DEVICE void copies_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 template <int PENDING> DEVICE void copies_done() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory"); }
-DEVICE void prefetch_map(const TensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // Four 8x8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void store_matrices(u32 at, const u32 (&r)[4]) {

@@ -11,13 +11,13 @@
 //                                       acc is there: rescale it; P = P'
 //                                       between two tiles: write (acc, m, l), or out and lse
 //
-// The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. Groups
-// take turns in starting products, so that one's exponentials run under the other's products.
-// (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products, turns.)
+// The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. One
+// group's exponentials run under the other's products, too; making the groups take turns in that gained nothing.
+// (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products.)
 //
 // Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows.
 //
-// Macros: BLOCK_N, GROUPS, STAGES, Q_STAGES, PARTIAL, REGISTERS (of a consumer), PRODUCER_REGISTERS, TURNS.
+// Macros: BLOCK_N, GROUPS, STAGES, Q_STAGES, PARTIAL, REGISTERS (of a consumer), PRODUCER_REGISTERS.
 
 struct ForwardParams {
     Problem problem;
@@ -552,12 +552,10 @@ struct Consumer {
             const u32 flags = next.flags;
             if (flags & END) break;
             if (flags & FIRST) wait_queries(next);
-            if (TURNS) group_sync(1 + group, THREADS - 128);
             pin(acc);
             pin(weights);
             start_scores(s, next, turn);
             start_values(acc, weights, turn - 1);
-            if (TURNS) group_arrive(1 + (group + 1) % GROUPS, THREADS - 128);
             products_wait<1>();
             pin(s);
             free_keys(next, turn);
@@ -615,10 +613,8 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
     } else {
         registers_more<REGISTERS>();
         const int lane = threadIdx.x % WARP;
-        if (TURNS && group == GROUPS - 1) group_arrive(1, THREADS - 128);
         Consumer{p.call, reinterpret_cast<const Block *>(memory + BLOCKS_AT), base, group, lane,
                  64 * group + warp % 4 * 16 + lane / 4, 0, score_of(p.call.problem, 0)}
             .run();
-        if (TURNS && group == 0) group_sync(1, THREADS - 128);
     }
 }

@@ -22,7 +22,6 @@ pub(crate) fn forward(spec: &Spec, target: Target, view: View) -> Option<Special
         format!("GROUPS={}", tile.groups),
         "STAGES=2".to_owned(),
         format!("Q_STAGES={}", tile.q_stages),
-        "TURNS=0".to_owned(),
         format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
     defines.extend(registers(tile.groups, false));
