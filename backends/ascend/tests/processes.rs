@@ -1,6 +1,6 @@
 //! Ranks that are processes, as torchrun starts them, over the emulator: `cargo test -p longspan-ascend --test processes`.
 //!
-//! Part of the suite passes, and a process that is killed is named by all others, which end by themselves.
+//! Part of the suite passes, and of a process that is killed or stopped all others are told, and end by themselves.
 
 mod suite;
 
@@ -116,31 +116,44 @@ fn work_until_somebody_is_lost() {
     listen();
 }
 
-/// Four processes are at work when `lose` befalls the one of rank `victim`; all others name it.
-fn loses(name: &str, victim: usize, lose: fn(&mut Process)) {
-    if part().is_some() {
-        return work_until_somebody_is_lost();
-    }
+/// Four processes are at work when `lose` befalls the one of rank `victim`; what all others say then.
+fn lose(name: &str, victim: usize, lose: fn(&mut Process)) -> Vec<String> {
     let mut all = start(name, 4);
     for process in &mut all {
         assert_eq!(process.hear().as_deref(), Some("at work"));
     }
     let mut lost = all.remove(victim);
     lose(&mut lost);
-    let said: Vec<_> = all.iter_mut().map(Process::hear).collect();
-    assert_eq!(said, vec![Some(format!("lost {victim}")); 3]);
+    let said = all.iter_mut().map(|process| process.hear().expect("it says how it ended")).collect();
     for mut process in all {
         process.tell("end");
         assert!(process.end().1, "it ends well");
     }
+    said
 }
 
 #[test]
 fn a_killed_process_is_named() {
-    loses("a_killed_process_is_named", 2, Process::kill);
+    match part() {
+        Some(_) => work_until_somebody_is_lost(),
+        None => assert_eq!(lose("a_killed_process_is_named", 2, Process::kill), ["lost 2"; 3]),
+    }
 }
 
 #[test]
 fn the_killed_first_process_is_named() {
-    loses("the_killed_first_process_is_named", 0, Process::kill);
+    match part() {
+        Some(_) => work_until_somebody_is_lost(),
+        None => assert_eq!(lose("the_killed_first_process_is_named", 0, Process::kill), ["lost 0"; 3]),
+    }
+}
+
+/// Nothing tells who is stopped if that happens within an exchange which all have come to; but all end, and say the same.
+#[test]
+fn a_stopped_process_holds_up_nobody_for_good() {
+    if part().is_some() {
+        return work_until_somebody_is_lost();
+    }
+    let said = lose("a_stopped_process_holds_up_nobody_for_good", 1, Process::stop);
+    assert!(said[0].starts_with("lost ") && said.iter().all(|s| *s == said[0]), "{said:?}");
 }
