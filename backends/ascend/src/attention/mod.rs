@@ -135,6 +135,10 @@ impl Attention<AscendDevice> for AscendAttention {
         }
     }
 
+    fn held_bytes(&self, streams: usize) -> usize {
+        self.constants.buffer().bytes() + streams * crate::stream::HELD
+    }
+
     fn kernels(&self, plan: &AscendPlan, backward: bool) -> Vec<String> {
         let name = match (&plan.0, backward) {
             (Planned::Basic(_), _) => "aclnnBatchMatMul",
