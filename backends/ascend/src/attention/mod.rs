@@ -6,6 +6,7 @@
 
 mod backward;
 mod constants;
+mod finite;
 mod forward;
 mod fused;
 mod philox;
