@@ -4,11 +4,15 @@
 //! JOIN word, rank, size, who  -> JOINED to all when the last came; CAME n to who asks with WAITING
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
-//! STEP, ROUND, BEGAN          noted
+//! STEP, BEGAN                 noted
 //! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the rank that is furthest behind
-//! BYE                         the rank left: whoever needs it from now on makes the group LOST
+//! BYE rounds                  the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
+//! ROUND rounds                the answer to TELL: how many exchanges it queued, and again at every one from then on
 //! ```
+//!
+//! Ranks queue exchanges without a word: a frame for each would cost more than a small exchange does. The board asks (TELL)
+//! once it matters, which is when one is stuck or the first has left.
 //!
 //! The first fault stays, so all ranks name the same culprit.
 
@@ -43,6 +47,7 @@ pub(crate) mod kind {
     pub const BROKEN: u8 = 23;
     pub const CAME: u8 = 24;
     pub const REFUSED: u8 = 25;
+    pub const TELL: u8 = 26;
 }
 
 /// How long a server waits for its first connection.
@@ -50,6 +55,9 @@ const NOBODY: Duration = Duration::from_secs(600);
 
 /// How long a connection may take to say who it is, and a rank to take what it is told.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long ranks may take to say how many rounds they queued. One that hangs does not say it.
+const ANSWER: Duration = Duration::from_millis(500);
 
 /// The most bytes of a JOIN: nothing of a stranger is kept.
 const HELLO: u64 = 4096;
@@ -79,6 +87,10 @@ struct Server {
     ranks: HashMap<u64, Rank>,
     calls: HashMap<u64, Call>,
     over: bool,
+    /// Whether ranks tell of their rounds.
+    told: bool,
+    /// Who is stuck, in which round, and who is waited for if all have queued it.
+    stuck: Option<(u64, u64, u64)>,
     tell: Option<Tell>,
 }
 
@@ -87,8 +99,8 @@ struct Rank {
     writer: TcpStream,
     who: String,
     step: Step,
-    /// Exchanges that it queued.
-    rounds: u64,
+    /// Exchanges that it queued, as far as it said.
+    rounds: Option<u64>,
     /// Exchanges that its device came to; 0 where the backend does not say.
     began: u64,
     gone: bool,
@@ -177,7 +189,7 @@ fn accept(listener: &TcpListener, server: &Arc<Mutex<Server>>) {
 }
 
 /// Serves one connection until it ends.
-fn attend(mut socket: TcpStream, server: &Mutex<Server>) {
+fn attend(mut socket: TcpStream, server: &Arc<Mutex<Server>>) {
     let prepared = socket.set_nonblocking(false).and_then(|()| socket.set_nodelay(true));
     let prepared = prepared.and_then(|()| socket.set_read_timeout(Some(PATIENCE)));
     let prepared = prepared.and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
@@ -188,8 +200,15 @@ fn attend(mut socket: TcpStream, server: &Mutex<Server>) {
     let mut bye = false;
     while let Ok((kind, body)) = read(&mut socket) {
         bye = kind == kind::BYE;
-        if bye || lock(server).handle(rank, kind, &mut Reader(&body)).is_err() {
+        if lock(server).handle(rank, kind, &mut Reader(&body)).is_err() || bye {
             break;
+        }
+        if kind == kind::STUCK_ROUND {
+            let server = Arc::clone(server);
+            let _ = std::thread::Builder::new().name("longspan board".into()).spawn(move || {
+                std::thread::sleep(ANSWER);
+                lock(&server).judge(true);
+            });
         }
     }
     lock(server).leave(rank, bye);
@@ -219,7 +238,7 @@ fn join(socket: &mut TcpStream, server: &Mutex<Server>) -> Result<u64> {
     }
     server.size = size;
     let writer = socket.try_clone()?;
-    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: 0, began: 0, gone: false });
+    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: None, began: 0, gone: false });
     if server.ranks.len() as u64 == size {
         server.tell_all(kind::JOINED, &Fields::default());
     }
@@ -237,10 +256,11 @@ impl Server {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
             }
+            kind::BYE => self.count(rank, fields.number()?),
             kind::ROUND => {
-                let round = fields.number()?;
-                self.ranks.entry(rank).and_modify(|r| r.rounds = round);
+                self.count(rank, fields.number()?);
                 self.need_rounds();
+                self.judge(false);
             }
             kind::BEGAN => {
                 let round = fields.number()?;
@@ -259,8 +279,11 @@ impl Server {
                 }
             }
             kind::STUCK_ROUND => {
-                let (round, suspect) = (fields.number()?, fields.number()?);
-                self.lose(self.behind(rank, round).unwrap_or(suspect));
+                let (queued, round, suspect) = (fields.number()?, fields.number()?, fields.number()?);
+                self.count(rank, queued);
+                self.stuck.get_or_insert((rank, round, suspect));
+                self.ask();
+                self.judge(false);
             }
             kind::WAITING => {
                 let came = self.ranks.values().filter(|r| !r.gone).count() as u64;
@@ -269,15 +292,6 @@ impl Server {
             _ => return Err(std::io::Error::other("a frame of another kind")),
         }
         Ok(())
-    }
-
-    /// Who keeps `rank` waiting in `round`: who has not queued it; or whose device is furthest from it, if they say.
-    fn behind(&self, rank: u64, round: u64) -> Option<u64> {
-        let of = |r: u64, what: fn(&Rank) -> u64| self.ranks.get(&r).map_or(0, what);
-        let queued = (0..self.size).find(|r| of(*r, |r| r.rounds) < round);
-        let last =
-            (0..self.size).min_by_key(|r| of(*r, |r| r.began)).filter(|r| of(*r, |r| r.began) < of(rank, |r| r.began));
-        queued.or(last)
     }
 
     fn agree(&mut self, rank: u64, number: u64, name: String, offer: Vec<u8>, gather: bool) {
@@ -316,9 +330,37 @@ impl Server {
         }
     }
 
+    /// Frames of a rank may overtake each other.
+    fn count(&mut self, rank: u64, rounds: u64) {
+        self.ranks.entry(rank).and_modify(|r| r.rounds = r.rounds.max(Some(rounds)));
+    }
+
+    /// Has all ranks tell of their rounds.
+    fn ask(&mut self) {
+        if !std::mem::replace(&mut self.told, true) {
+            self.tell_all(kind::TELL, &Fields::default());
+        }
+    }
+
+    /// Who is lost of those that are in the way of a round. Not before all answered, but for the `last` time.
+    fn judge(&mut self, last: bool) {
+        let Some((rank, round, suspect)) = self.stuck else { return };
+        if last || self.ranks.values().all(|r| r.gone || r.rounds.is_some()) {
+            self.lose(self.behind(rank, round).unwrap_or(suspect));
+        }
+    }
+
+    /// Who keeps `rank` waiting in `round`: the first that did not queue it; or whose device is furthest from it, if they say.
+    fn behind(&self, rank: u64, round: u64) -> Option<u64> {
+        let queued = (0..self.size).find(|r| self.ranks.get(r).is_none_or(|r| r.rounds < Some(round)));
+        let began = |r: u64| self.ranks.get(&r).map_or(0, |r| r.began);
+        let last = (0..self.size).min_by_key(|r| began(*r)).filter(|r| began(*r) < began(rank));
+        queued.or(last)
+    }
+
     /// A rank that left is lost as soon as another queues a round that it did not.
     fn need_rounds(&mut self) {
-        let most = self.ranks.values().map(|r| r.rounds).max().unwrap_or(0);
+        let most = self.ranks.values().map(|r| r.rounds).max().flatten();
         let behind = |r: &u64| self.ranks.get(r).is_some_and(|r| r.gone && r.rounds < most);
         if let Some(rank) = (0..self.size).find(behind) {
             self.lose(rank);
@@ -333,6 +375,7 @@ impl Server {
             }
             self.need_calls();
             self.need_rounds();
+            self.ask();
         } else {
             // Not formed yet: the place is free again.
             self.ranks.remove(&rank);

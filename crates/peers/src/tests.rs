@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use longspan_hal::{Error, Step};
 
+use crate::board::kind;
+use crate::wire::write;
 use crate::{Board, Fields, Member, Place, Reach};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -126,6 +128,39 @@ fn a_round_that_all_queued_names_whose_device_is_furthest_behind() {
         me.wait_for_fault("exchange")
     });
     assert!(errors.iter().all(|e| matches!(e, Error::PeerLost { rank: 2, .. })), "{errors:?}");
+}
+
+#[test]
+fn a_rank_that_left_is_lost_to_those_who_queue_more_than_it_did() {
+    // Before the board hears that it left, and after.
+    for wait in [0, 50] {
+        let errors = on_ranks(3, LIMIT, |me| {
+            me.queued(2);
+            if me.rank == 1 {
+                return None;
+            }
+            if me.rank == 0 {
+                thread::sleep(Duration::from_millis(wait));
+                assert_eq!(me.fault("exchange"), None, "it queued all that the others did");
+                me.queued(3);
+            }
+            Some(me.wait_for_fault("exchange"))
+        });
+        let lost = Some(Error::PeerLost { rank: 1, call: "exchange", step: Step::default() });
+        assert_eq!(errors, [lost.clone(), None, lost]);
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_answer_is_lost_where_one_is_stuck() {
+    let place = Board::open(Reach::Host).expect("a socket");
+    let mut silent = place.connect(LIMIT).expect("it listens");
+    let hello = Fields::default().bytes(place.word()).number(1).number(2).bytes(b"one that hangs");
+    write(&mut silent, kind::JOIN, &hello).expect("a socket");
+    let me = Member::join(&place, 0, 2, LIMIT).expect("both came");
+    me.queued(1);
+    me.stuck(1, 0);
+    assert!(matches!(me.wait_for_fault("exchange"), Error::PeerLost { rank: 1, .. }));
 }
 
 #[test]
