@@ -11,7 +11,7 @@ use longspan_hal::{Error, Result, Step};
 use crate::board::kind;
 use crate::lock;
 use crate::place::Place;
-use crate::wire::{Fields, Reader, read, write};
+use crate::wire::{Fields, Reader, intern, read, write};
 
 /// How long the board may take to answer beyond a wait's own limit.
 const GRACE: Duration = Duration::from_secs(2);
@@ -169,10 +169,25 @@ impl Member {
         self.send(kind::ROUND, &Fields::default().number(round));
     }
 
-    /// Says that round `round` does not end, and which rank this one waits for if all have queued it. The answer is a
-    /// fault, which ends the group.
+    /// Says that round `round` does not end, and which rank this one waits for if all have queued it; round 0 if rounds are
+    /// not reported. The answer is a fault, which ends the group.
     pub fn stuck(&self, round: u64, suspect: u32) {
         self.send(kind::STUCK_ROUND, &Fields::default().number(round).number(u64::from(suspect)));
+    }
+
+    /// Ends the group, since the ranks do not do the same: all get [`Error::Invalid`] about `what`.
+    pub fn refuse(&self, what: &'static str, why: &str) -> Error {
+        let error = Error::invalid(what, why);
+        self.shared.fail(Fault::Broken(error.clone()));
+        self.send(kind::BROKEN, &Fields::default().bytes(what.as_bytes()).bytes(why.as_bytes()));
+        error
+    }
+
+    /// Leaves the group in order, before this is dropped.
+    pub fn leave(&self) {
+        self.send(kind::BYE, &Fields::default());
+        // The board reads what was sent before the end.
+        let _ = lock(&self.socket).shutdown(Shutdown::Write);
     }
 
     /// Waits for the fault that ends the group, for `call`; a [`Error::Timeout`] if none comes soon.
@@ -205,9 +220,7 @@ impl Drop for Member {
         if std::thread::panicking() {
             self.abort();
         }
-        self.send(kind::BYE, &Fields::default());
-        // The board reads what was sent before the end.
-        let _ = lock(&self.socket).shutdown(Shutdown::Write);
+        self.leave();
     }
 }
 
@@ -225,8 +238,8 @@ impl Shared {
     fn hear(&self, kind: u8, fields: &mut Reader<'_>) -> std::io::Result<()> {
         match kind {
             kind::BROKEN => {
-                let why = fields.text()?;
-                self.fail(Fault::Broken(Error::invalid("collective call", why)));
+                let (what, why) = (intern(&fields.text()?), fields.text()?);
+                self.fail(Fault::Broken(Error::invalid(what, why)));
             }
             kind::REFUSED => {
                 let why = fields.text()?;
