@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use longspan_hal::{Collective, Device, Error, GroupId, P2p, Result, Step, View};
+use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, View};
 use longspan_peers::{Fields, Reader, judge, offer};
 
 use crate::abroad::Abroad;
@@ -76,7 +76,8 @@ impl GpuCollective {
                 (Wire::Nccl(Arc::new(Comm::new(context, &member)?), None), Mail::Letters(letters))
             }
             Way::Nccl { threads: false } => {
-                let scratch = device.alloc(Comm::scratch(size))?;
+                // NCCL's own memory is on no account either.
+                let scratch = Buffer::alloc(context, Comm::scratch(size), &Arc::default())?;
                 (Wire::Nccl(Arc::new(Comm::new(context, &member)?), Some(scratch)), Mail::None)
             }
         };
