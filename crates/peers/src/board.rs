@@ -6,6 +6,7 @@
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
 //! STEP, BEGAN                 noted
 //! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the rank that is furthest behind
+//! BROKEN what, why            -> the same to all: a rank saw that another does something else
 //! BYE rounds                  the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
 //! ROUND rounds                the answer to TELL: how many exchanges it queued, and again at every one from then on
@@ -285,6 +286,10 @@ impl Server {
                 self.ask();
                 self.judge(false);
             }
+            kind::BROKEN => {
+                let (what, why) = (fields.bytes()?, fields.bytes()?);
+                self.end(&Fields::default().bytes(what).bytes(why));
+            }
             kind::WAITING => {
                 let came = self.ranks.values().filter(|r| !r.gone).count() as u64;
                 self.tell(rank, kind::CAME, &Fields::default().number(came));
@@ -304,8 +309,7 @@ impl Server {
                  the same order",
                 call.name
             );
-            self.over = true;
-            return self.tell_all(kind::BROKEN, &Fields::default().bytes(why.as_bytes()));
+            return self.end(&Fields::default().bytes(b"collective call").bytes(why.as_bytes()));
         }
         call.offers.insert(rank, offer);
         if call.offers.len() as u64 == size {
@@ -319,6 +323,13 @@ impl Server {
             return;
         }
         self.need_calls();
+    }
+
+    /// The ranks do not do the same; `fields` say what and why.
+    fn end(&mut self, fields: &Fields) {
+        if !std::mem::replace(&mut self.over, true) {
+            self.tell_all(kind::BROKEN, fields);
+        }
     }
 
     /// A rank that left is lost as soon as an open call misses it.

@@ -164,6 +164,27 @@ fn a_rank_that_does_not_answer_is_lost_where_one_is_stuck() {
 }
 
 #[test]
+fn a_rank_that_sees_others_do_something_else_ends_the_group_for_all() {
+    let errors = on_ranks(3, LIMIT, |me| match me.rank {
+        1 => me.refuse("round", "rank 0 runs another"),
+        _ => me.wait_for_fault("exchange"),
+    });
+    assert!(errors.iter().all(|e| *e == Error::invalid("round", "rank 0 runs another")), "{errors:?}");
+}
+
+#[test]
+fn who_leaves_in_order_is_lost_to_those_who_still_need_it() {
+    let errors = on_ranks(2, LIMIT, |me| match me.rank {
+        1 => {
+            me.leave();
+            None
+        }
+        _ => me.agree("prepare", &Fields::default()).err(),
+    });
+    assert!(matches!(errors[0], Some(Error::PeerLost { rank: 1, .. })), "{errors:?}");
+}
+
+#[test]
 fn strangers_and_second_comers_are_refused() {
     let short = Duration::from_millis(300);
     let place = Board::open(Reach::Host).expect("a socket");
