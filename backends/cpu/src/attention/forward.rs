@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use longspan_hal::Slice;
 
-use super::pack::{Scratch, Tensor, each, padded, panels};
+use super::pack::{Ahead, Scratch, Tensor, each, padded, panels};
 use super::philox::{Dropout, Row};
 use super::plan::{Band, Plan, RowTile, Unit};
 use super::simd::{Bias, Kernels, Order, Tile, Update, VEC, any_non_finite};
@@ -125,9 +125,10 @@ impl Forward {
             for from in seen.clone().step_by(FORWARD_KEYS) {
                 let keys = from..(from + FORWARD_KEYS).min(seen.end);
                 self.pack(tile.batch, unit.kv_head, &keys, ld, [rows, k, v]);
+                let mut ahead = self.ahead(tile.batch, unit.kv_head, keys.end..seen.end, blocks.len());
                 let keys = Keys { slice, rows: keys, k: &*k, v: &*v };
                 for block in &mut blocks {
-                    self.attend(tile.batch, block, &keys, ld, [s, beta, keep]);
+                    self.attend(tile.batch, block, &keys, &mut ahead, ld, [s, beta, keep]);
                 }
             }
         }
@@ -183,8 +184,23 @@ impl Forward {
         self.v.pack(self.kernels, at, keys.len(), v, ld.v);
     }
 
+    /// The tile of keys behind, of which `rest` are left, hinted at while `blocks` blocks compute their scores.
+    fn ahead(&self, batch: usize, kv_head: usize, rest: Range<usize>, blocks: usize) -> Ahead<2> {
+        let steps = blocks * (BLOCK / self.kernels.mr) * (FORWARD_KEYS / self.kernels.nr);
+        let rows = rest.start..(rest.start + FORWARD_KEYS).min(rest.end);
+        Ahead::new([self.k, self.v], [batch, kv_head], rows, steps)
+    }
+
     /// Updates a block with the keys of a tile.
-    fn attend(&self, batch: usize, block: &mut Block<'_>, keys: &Keys<'_>, ld: Strides, to: [&mut [f32]; 3]) {
+    fn attend(
+        &self,
+        batch: usize,
+        block: &mut Block<'_>,
+        keys: &Keys<'_>,
+        ahead: &mut Ahead<2>,
+        ld: Strides,
+        to: [&mut [f32]; 3],
+    ) {
         let [s, beta, keep] = to;
         let band = Band::new(keys.slice, &block.rows, &keys.rows, keys.rows.start);
         let hull = band.all();
@@ -192,7 +208,7 @@ impl Forward {
             return;
         }
         let (groups, mr, n) = (whole(&band.rows_of(&hull), self.kernels.mr), self.kernels.mr, block.rows.len());
-        self.scores(block, keys, &band, &hull, s, ld);
+        self.scores(block, keys, &band, &hull, ahead, s, ld);
         for r in groups.start..groups.end.min(n) {
             let group = r / mr * mr;
             let read = band.hull(&(group..(group + mr).min(n)));
@@ -202,11 +218,21 @@ impl Forward {
     }
 
     /// `S = scale Q K^T` where the band goes.
-    fn scores(&self, block: &Block<'_>, keys: &Keys<'_>, band: &Band, hull: &Range<usize>, s: &mut [f32], ld: Strides) {
+    fn scores(
+        &self,
+        block: &Block<'_>,
+        keys: &Keys<'_>,
+        band: &Band,
+        hull: &Range<usize>,
+        ahead: &mut Ahead<2>,
+        s: &mut [f32],
+        ld: Strides,
+    ) {
         let (d, mr, nr) = (self.plan.spec.head_dim, self.kernels.mr, self.kernels.nr);
         for p in whole(hull, nr).step_by(nr) {
             let rows = band.rows_of(&(p..p + nr));
             for g in whole(&rows, mr).step_by(mr) {
+                ahead.step();
                 self.kernels.tile(Tile {
                     k: d,
                     a: &block.q[g * ld.q..],
