@@ -45,6 +45,25 @@ template <int DIM> DEVICE void load_operand_transposed(Operand &x, u32 at) {
     }
 }
 
+// Rows of DIM elements in *quads*: element after element of four rows, so that the four neighbours in a column that a lane
+// holds are one read. Of columns 16..31, 48..63, and so on the pairs change places, so that eight threads who each write 16
+// bytes of every other pair meet different banks.
+template <int DIM> CONSTEXPR u32 quad(int row, int column) {
+    return u32(row / 4 * DIM + (column ^ (column / 16 % 2 * 2))) * 8;
+}
+// Byte offset of this lane's part of an operand whose lines are columns 0..15 of rows in quads.
+template <int DIM> DEVICE u32 lane_by_quads(int lane) { return quad<DIM>(operand_first(lane), lane % 16); }
+// An operand whose lines are columns `column`.. of rows `row`.. in quads, both multiples of 16; `at` is the lane's part of the
+// first one, at a multiple of 32 bytes but for the lane's.
+template <int DIM> DEVICE void load_operand_of_quads(Operand &x, u32 at, int row, int column) {
+    at = (column % 32 ? at ^ 16 : at) + u32(row / 4 * DIM + column) * 8;
+    UNROLL for (int i = 0; i < OPERAND_WORDS; i += 2) {
+        u32 words[2];
+        load_shared2(words, at + i / 2 * DIM * 8);
+        x[i] = words[0], x[i + 1] = words[1];
+    }
+}
+
 // The operand whose lines are the columns of a product, rounded.
 DEVICE void as_operand(Operand &x, const Product &c, int lane) {
     if constexpr (OPERAND_WORDS == 2) {
@@ -121,5 +140,47 @@ template <int COUNT, int DIM, int THREADS> struct Travel {
             store_shared4(to + offset<DIM>(row, column), x[i][0], x[i][1], x[i][2], x[i][3]);
         }
     }
+};
+
+// The same for rows that will lie in quads: a thread takes four columns of four rows.
+template <int COUNT, int DIM, int THREADS> struct TravelToQuads {
+    static constexpr int CHUNKS = DIM / 4, TOTAL = COUNT / 4 * CHUNKS, TURNS = (TOTAL + THREADS - 1) / THREADS;
+    u32 x[TURNS][4][2];
+
+    DEVICE void load(const u16 *from, i64 stride, int valid, int dim) {
+        UNROLL for (int i = 0; i < TURNS; ++i) {
+            const int index = int(threadIdx.x) + i * THREADS, first = index / CHUNKS * 4, column = index % CHUNKS * 4;
+            const bool inside = TOTAL % THREADS == 0 || index < TOTAL;
+            const u16 *at = from + first * stride + column;
+            UNROLL for (int j = 0; j < 4; ++j, at += stride) {
+                x[i][j][0] = x[i][j][1] = 0;
+                if (!inside || first + j >= valid) continue;
+                const int left = EXACT ? 4 : dim - column;
+#if ALIGNED
+                if (left > 0) {
+                    const uint2 words = *reinterpret_cast<const uint2 *>(at);
+                    x[i][j][0] = words.x, x[i][j][1] = words.y;
+                }
+#else
+                UNROLL for (int e = 0; e < 4; ++e)
+                    if (e < left) x[i][j][e / 2] |= u32(at[e]) << 16 * (e % 2);
+#endif
+            }
+        }
+    }
+    DEVICE void store(u32 to) const {
+        UNROLL for (int i = 0; i < TURNS; ++i) {
+            const int index = int(threadIdx.x) + i * THREADS, row = index / CHUNKS * 4, column = index % CHUNKS * 4;
+            if (TOTAL % THREADS != 0 && index >= TOTAL) break;
+            const u32 at = to + quad<DIM>(row, column);
+            UNROLL for (int half = 0; half < 2; ++half) {
+                const u32 a = x[i][0][half], b = x[i][1][half], c = x[i][2][half], d = x[i][3][half];
+                store_shared4(half ? at ^ 16 : at, low_halves(a, b), low_halves(c, d), high_halves(a, b), high_halves(c, d));
+            }
+        }
+    }
+    // Of two words with two columns each, one column of both rows.
+    static DEVICE u32 low_halves(u32 a, u32 b) { return (a & 0xffff) | b << 16; }
+    static DEVICE u32 high_halves(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000); }
 };
 #endif

@@ -27,7 +27,7 @@ const fn tiled(size: usize, target: Target) -> u32 {
 pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
     let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
     let bytes = |[waves, m_tiles, keys, held]: [u32; 4]| {
-        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + tile_bytes(keys, dv));
+        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + keys * dv * 2);
         if held == 1 { q.max(block) } else { q + block }
     };
     // Waves, query tiles a wave, keys of a block, whether Q is held in registers.

@@ -13,7 +13,7 @@ use longspan_rocm_emulator::*;
 
 const KERNEL: &str = r"
 struct Test {
-    u64 a, b, out;  // 16 x 16 elements each, row after row; out: three times 16 x 16 f32
+    u64 a, b, out;  // 16 x 16 elements each, row after row; out: five times 16 x 16 f32
 };
 DEVICE void write(float *out, const Product &c, int lane) {
     for (int r = 0; r < PRODUCT_VALUES; ++r) out[product_row(lane, r) * 16 + lane % 16] = c[r];
@@ -25,21 +25,33 @@ KERNEL(WARP, 1) fragments(PARAMS(Test) p) {
     load_tile<16, 16, WARP>(a, global<const u16>(p.a), 16, 16, 16, lane);
     load_tile<16, 16, WARP>(b, global<const u16>(p.b), 16, 16, 16, lane);
     barrier();
-    Operand rows, columns, others, chained;
+    // Rows of 32 columns from every row's first element on: the last 16 are the next row's.
+    const u32 quads = b + offset<16>(16, 0), lane_quads = quads + lane_by_quads<32>(lane);
+    TravelToQuads<16, 32, WARP> travel;
+    travel.load(global<const u16>(p.a), 16, 16, 32);
+    travel.store(quads);
+    barrier();
+    Operand rows, columns, others, chained, left, right;
+    load_operand_of_quads<32>(left, lane_quads, 0, 0);
+    load_operand_of_quads<32>(right, lane_quads, 0, 16);
     load_operand(rows, a + lane_by_rows<16>(lane));
     load_operand_transposed<16>(columns, a + lane_by_columns<16>(lane));
     load_operand(others, b + lane_by_rows<16>(lane));
-    Product c, d, e;
-    clear(c), clear(d), clear(e);
+    Product c, d, e, f, g;
+    clear(c), clear(d), clear(e), clear(f), clear(g);
     multiply(c, rows, others);          // c = A B^T
     multiply(d, columns, others);       // d = A^T B^T
     as_operand(chained, c, lane);
     multiply(e, rows, chained);         // e = A c
+    multiply(f, left, others);          // f = A^T B^T
+    multiply(g, right, others);         // g = N^T B^T, row i of N is row i + 1 of A and B
     float *out = global<float>(p.out);
     write(out, c, lane);
     write(out + 256, d, lane);
     write(out + 512, e, lane);
-    out[768 + lane % 16] = column_sum(c[0]);
+    write(out + 768, f, lane);
+    write(out + 1024, g, lane);
+    out[1280 + lane % 16] = column_sum(c[0]);
 }
 ";
 
@@ -62,7 +74,7 @@ fn bits(x: f32, bf16: bool) -> u16 {
 fn run(arch: &str, bf16: bool, a: &[f32], b: &[f32]) -> Vec<f32> {
     let dtype = if bf16 { "-DIO_BF16=1" } else { "-DIO_F16=1" };
     let tile = "HEAD_DIM=16 HEAD_DIM_V=16 EXACT=1 ALIGNED=1 SOFTCAP=0 ALIBI=0 DROPOUT=0 TRANSFORM=0 PARTIAL=0 WAVES=1 M_TILES=1 \
-                BLOCK_N=16 Q_IN_REGISTERS=0 SHARED_BYTES=2304";
+                BLOCK_N=16 Q_IN_REGISTERS=0 SHARED_BYTES=2048";
     let options: Vec<CString> = [format!("--offload-arch={arch}"), "-std=c++17".into(), dtype.into()]
         .into_iter()
         .chain(tile.split_whitespace().map(|d| format!("-D{d}")))
@@ -98,9 +110,9 @@ fn run(arch: &str, bf16: bool, a: &[f32], b: &[f32]) -> Vec<f32> {
         let mut parameters = [(&raw mut params).cast::<c_void>()];
         let lanes = if arch == "gfx942" { 64 } else { 32 };
         let launched =
-            hipModuleLaunchKernel(function, 1, 1, 1, lanes, 1, 1, 2304, on, parameters.as_mut_ptr(), null_mut());
+            hipModuleLaunchKernel(function, 1, 1, 1, lanes, 1, 1, 2560, on, parameters.as_mut_ptr(), null_mut());
         assert_eq!((launched, hipStreamSynchronize(on)), (0, 0));
-        std::slice::from_raw_parts(host.cast::<u8>().add(1024).cast::<f32>(), 768 + 16).to_vec()
+        std::slice::from_raw_parts(host.cast::<u8>().add(1024).cast::<f32>(), 1280 + 16).to_vec()
     }
 }
 
@@ -114,12 +126,15 @@ fn operands_and_products_lie_where_the_instructions_have_them() {
             let c = |i: usize| sum(&|k| a[16 * i + k] * b[16 * j + k]);
             assert_eq!(out[16 * i + j], c(i), "{arch}: A B^T at {i}, {j}");
             assert_eq!(out[256 + 16 * i + j], sum(&|k| a[16 * k + i] * b[16 * j + k]), "{arch}: A^T B^T at {i}, {j}");
+            assert_eq!(out[768 + 16 * i + j], out[256 + 16 * i + j], "{arch}: quads at {i}, {j}");
+            let next = |k: usize| if k < 15 { a[16 * (k + 1) + i] } else { b[i] };
+            assert_eq!(out[1024 + 16 * i + j], sum(&|k| next(k) * b[16 * j + k]), "{arch}: right quads at {i}, {j}");
             assert_eq!(out[512 + 16 * i + j], sum(&|k| a[16 * i + k] * c(k)), "{arch}: A (A B^T) at {i}, {j}");
         }
         // The first values of the lanes of a column: rows 0, 4, 8, 12, or rows 0 and 1.
         let rows = if arch == "gfx942" { vec![0, 4, 8, 12] } else { vec![0, 1] };
         for j in 0..16 {
-            assert_eq!(out[768 + j], rows.iter().map(|i| out[16 * i + j]).sum::<f32>(), "{arch}: column {j}");
+            assert_eq!(out[1280 + j], rows.iter().map(|i| out[16 * i + j]).sum::<f32>(), "{arch}: column {j}");
         }
     }
 }
