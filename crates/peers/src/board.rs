@@ -4,8 +4,8 @@
 //! JOIN word, rank, size, who  -> JOINED to all when the last came; CAME n to who asks with WAITING
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
-//! STEP, ROUND, BEGAN          noted
-//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the rank that is furthest behind
+//! STEP, ROUND                 noted
+//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the first rank that is not there yet
 //! BYE                         the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
 //! ```
@@ -36,7 +36,6 @@ pub(crate) mod kind {
     pub const WAITING: u8 = 8;
     pub const GATHER: u8 = 9;
     pub const BYE: u8 = 10;
-    pub const BEGAN: u8 = 11;
     pub const JOINED: u8 = 20;
     pub const VERDICT: u8 = 21;
     pub const LOST: u8 = 22;
@@ -89,8 +88,6 @@ struct Rank {
     step: Step,
     /// Exchanges that it queued.
     rounds: u64,
-    /// Exchanges that its device came to; 0 where the backend does not say.
-    began: u64,
     gone: bool,
 }
 
@@ -219,7 +216,7 @@ fn join(socket: &mut TcpStream, server: &Mutex<Server>) -> Result<u64> {
     }
     server.size = size;
     let writer = socket.try_clone()?;
-    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: 0, began: 0, gone: false });
+    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: 0, gone: false });
     if server.ranks.len() as u64 == size {
         server.tell_all(kind::JOINED, &Fields::default());
     }
@@ -242,10 +239,6 @@ impl Server {
                 self.ranks.entry(rank).and_modify(|r| r.rounds = round);
                 self.need_rounds();
             }
-            kind::BEGAN => {
-                let round = fields.number()?;
-                self.ranks.entry(rank).and_modify(|r| r.began = round);
-            }
             kind::ABORT => {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
@@ -260,7 +253,10 @@ impl Server {
             }
             kind::STUCK_ROUND => {
                 let (round, suspect) = (fields.number()?, fields.number()?);
-                self.lose(self.behind(rank, round).unwrap_or(suspect));
+                let behind = |r: &u64| self.ranks.get(r).is_none_or(|state| state.rounds < round);
+                // All of them queued it: the one that is waited for, as far as that is known.
+                let lost = (0..self.size).find(behind).unwrap_or(suspect);
+                self.lose(lost);
             }
             kind::WAITING => {
                 let came = self.ranks.values().filter(|r| !r.gone).count() as u64;
@@ -269,15 +265,6 @@ impl Server {
             _ => return Err(std::io::Error::other("a frame of another kind")),
         }
         Ok(())
-    }
-
-    /// Who keeps `rank` waiting in `round`: who has not queued it; or whose device is furthest from it, if they say.
-    fn behind(&self, rank: u64, round: u64) -> Option<u64> {
-        let of = |r: u64, what: fn(&Rank) -> u64| self.ranks.get(&r).map_or(0, what);
-        let queued = (0..self.size).find(|r| of(*r, |r| r.rounds) < round);
-        let last =
-            (0..self.size).min_by_key(|r| of(*r, |r| r.began)).filter(|r| of(*r, |r| r.began) < of(rank, |r| r.began));
-        queued.or(last)
     }
 
     fn agree(&mut self, rank: u64, number: u64, name: String, offer: Vec<u8>, gather: bool) {

@@ -169,11 +169,6 @@ impl Member {
         self.send(kind::ROUND, &Fields::default().number(round));
     }
 
-    /// Reports that this rank's device came to round `round`, if the backend can see that.
-    pub fn began(&self, round: u64) {
-        self.send(kind::BEGAN, &Fields::default().number(round));
-    }
-
     /// Says that round `round` does not end, and which rank this one waits for if all have queued it. The answer is a
     /// fault, which ends the group.
     pub fn stuck(&self, round: u64, suspect: u32) {

@@ -115,20 +115,6 @@ fn a_round_that_does_not_end_names_who_is_behind_or_who_is_waited_for() {
 }
 
 #[test]
-fn a_round_that_all_queued_names_whose_device_is_furthest_behind() {
-    let errors = on_ranks(4, LIMIT, |me| {
-        me.queued(9);
-        me.began([5, 5, 3, 6][me.rank as usize]);
-        me.agree("queued", &Fields::default()).expect("all come");
-        if me.rank == 3 {
-            me.stuck(6, 3);
-        }
-        me.wait_for_fault("exchange")
-    });
-    assert!(errors.iter().all(|e| matches!(e, Error::PeerLost { rank: 2, .. })), "{errors:?}");
-}
-
-#[test]
 fn strangers_and_second_comers_are_refused() {
     let short = Duration::from_millis(300);
     let place = Board::open(Reach::Host).expect("a socket");
