@@ -152,7 +152,7 @@ judge() {
     check "$flavour: wrong results" says 3 'verification failed: out' "$mpirun" -n 2 "$program" run --backend mpi --input $input --ring 2 --backward --verify --fault wrong:1
     check "$flavour: a rank is killed" interrupted KILL rank "$program" "$mpirun"
     check "$flavour: Ctrl-C" interrupted INT launcher "$program" "$mpirun"
-    if [[ $flavour == openmpi ]]; then check "$flavour: two hosts" ci/mpi_hosts.sh "$program"; fi
+    check "$flavour: two hosts" ci/mpi_hosts.sh "$program" "$flavour"
 }
 
 mkdir -p "$out"

@@ -59,6 +59,8 @@ struct Queue {
     submitted: u64,
     done: u64,
     closed: bool,
+    /// The least count of done tasks that somebody synchronises with.
+    awaited: Option<u64>,
     failed: Option<Error>,
     worker: Option<JoinHandle<()>>,
 }
@@ -139,6 +141,7 @@ impl CpuStream {
         let mut queue = lock(&shared.queue);
         let target = queue.submitted;
         while queue.done < target {
+            queue.awaited = Some(queue.awaited.map_or(target, |other| other.min(target)));
             if deadline.passed() {
                 return Err(deadline.timeout(call));
             }
@@ -226,8 +229,13 @@ impl Shared {
             if let (Err(error), None) = (result, &queue.failed) {
                 queue.failed = Some(error);
             }
-            drop(queue);
-            self.progress.notify_all();
+            // Nobody is woken for a task that is not the last one waited for; who waits for more asks again.
+            let reached = queue.awaited.is_some_and(|target| target <= queue.done);
+            if reached {
+                queue.awaited = None;
+                drop(queue);
+                self.progress.notify_all();
+            }
         }
     }
 

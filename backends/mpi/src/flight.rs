@@ -5,7 +5,7 @@
 //! wait:  test all -> done, or one failed
 //!        the group has a fault -> give the requests up
 //!        the limit passed      -> tell the board who is waited for; its verdict is the fault
-//!        a test that moved data -> the next one at once; otherwise yield a few times, then nap, longer and longer
+//!        otherwise test again: at once, after a yield, after longer and longer naps (`Pace`)
 //! ```
 //!
 //! Sends are synchronous (`MPI_Issend`): one is done when its receiver has come to the round, not when MPI has put a copy
@@ -25,20 +25,8 @@ use longspan_peers::Member;
 use mpi::ffi;
 
 use crate::datatype::Datatype;
+use crate::pace::{NAPS, Pace};
 use crate::world::{Handle, NAME, World, check, lock};
-
-/// Tests that follow each other at once: large messages come in pieces, each a few microseconds after the last.
-const EAGER: u32 = 30;
-
-/// Tests that only yield before the first nap, where every process has a core (about a millisecond if nobody computes on it),
-/// and where they share cores, and whoever waits takes them from those who compute.
-const PATIENT: [u32; 2] = [1000, 60];
-
-/// A test that took longer has moved data, and more is likely to be there.
-const MOVED: Duration = Duration::from_micros(3);
-
-/// First and longest sleep between tests.
-const NAPS: [Duration; 2] = [Duration::from_micros(10), Duration::from_micros(200)];
 
 /// How long cancelled requests may take to end.
 const LAST_WAIT: Duration = Duration::from_millis(500);
@@ -60,8 +48,8 @@ pub(crate) struct Message {
 pub(crate) struct Flight {
     messages: Vec<Message>,
     requests: Vec<Handle<ffi::MPI_Request>>,
-    /// Tests before the first nap.
-    patient: u32,
+    statuses: Vec<ffi::MPI_Status>,
+    crowded: bool,
 }
 
 /// Flights that did not end: their memory has to live as long as MPI may touch it.
@@ -74,8 +62,10 @@ impl Flight {
     /// [`Error::Driver`]; what was posted is given up.
     pub fn post(world: &World, tag: c_int, mut messages: Vec<Message>) -> Result<Self> {
         messages.sort_by_key(|m| !m.receive);
-        let patient = PATIENT[usize::from(world.crowded)];
-        let mut flight = Self { requests: Vec::with_capacity(messages.len()), messages, patient };
+        // SAFETY: a status is plain numbers, for which zeros will do where MPI writes none.
+        let statuses = vec![unsafe { MaybeUninit::zeroed().assume_init() }; messages.len()];
+        let requests = Vec::with_capacity(messages.len());
+        let mut flight = Self { requests, statuses, messages, crowded: world.crowded };
         let mpi = lock();
         for i in 0..flight.messages.len() {
             match flight.messages[i].post(world, tag) {
@@ -97,9 +87,8 @@ impl Flight {
     /// What ended the group; [`Error::Driver`] for a message that failed or has another length.
     pub fn wait(mut self, member: &Member, call: &'static str, round: u64) -> Result<()> {
         let until = Instant::now().checked_add(member.limit);
-        let (mut tests, mut nap) = (0, NAPS[0]);
+        let mut pace = Pace::new(self.crowded);
         loop {
-            let start = Instant::now();
             match self.test() {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
@@ -118,18 +107,7 @@ impl Flight {
                 self.abandon();
                 return Err(fault);
             }
-            if start.elapsed() > MOVED {
-                (tests, nap) = (0, NAPS[0]);
-            }
-            tests += 1;
-            if tests <= EAGER {
-                std::hint::spin_loop();
-            } else if tests <= self.patient {
-                std::thread::yield_now();
-            } else {
-                std::thread::sleep(nap);
-                nap = (nap * 3 / 2).min(NAPS[1]);
-            }
+            pace.pause();
         }
     }
 
@@ -139,31 +117,30 @@ impl Flight {
         if n == 0 {
             return Ok(true);
         }
-        let mut statuses = vec![MaybeUninit::<ffi::MPI_Status>::zeroed(); n];
         let mut done = 0;
         let _mpi = lock();
         // SAFETY: MPI runs and the lock is held; both lists have `n` entries; the memory of the messages is kept.
         let code = unsafe {
-            ffi::MPI_Testall(n as c_int, self.requests.as_mut_ptr().cast(), &mut done, statuses.as_mut_ptr().cast())
+            let (requests, statuses) = (self.requests.as_mut_ptr(), self.statuses.as_mut_ptr());
+            ffi::MPI_Testall(n as c_int, requests.cast(), &mut done, statuses)
         };
-        // SAFETY: a status is plain numbers, for which zeros will do where MPI wrote none.
-        let statuses: Vec<ffi::MPI_Status> = statuses.into_iter().map(|s| unsafe { s.assume_init() }).collect();
         if code != ffi::MPI_SUCCESS as c_int {
-            return Err(self.failed(code, &statuses));
+            return Err(self.failed(code));
         }
         if done == 0 {
             return Ok(false);
         }
-        for (message, status) in self.messages.iter().zip(&statuses).filter(|(m, _)| m.receive) {
+        for (message, status) in self.messages.iter().zip(&self.statuses).filter(|(m, _)| m.receive) {
             message.check_length(status)?;
         }
         Ok(true)
     }
 
     /// The error of the message that failed.
-    fn failed(&self, code: c_int, statuses: &[ffi::MPI_Status]) -> Error {
+    fn failed(&self, code: c_int) -> Error {
         let fine = [ffi::MPI_SUCCESS as c_int, ffi::MPI_ERR_PENDING as c_int];
-        for (message, status) in self.messages.iter().zip(statuses).filter(|(_, s)| !fine.contains(&s.MPI_ERROR)) {
+        for (message, status) in self.messages.iter().zip(&self.statuses).filter(|(_, s)| !fine.contains(&s.MPI_ERROR))
+        {
             if let Err(Error::Driver { backend, call, code, message: text }) = check("MPI_Testall", status.MPI_ERROR) {
                 return Error::Driver { backend, call, code, message: format!("{}: {text}", message.name()) };
             }

@@ -15,6 +15,7 @@
 //! | `collective.rs`, `exchange.rs` | communicator; prepared exchanges |
 //! | `datatype.rs` | strided views as MPI types |
 //! | `flight.rs` | requests on their way: waits that end, whatever the peer does |
+//! | `pace.rs` | how often a wait tests: who waits shares the core with who computes |
 //! | `world.rs` | MPI itself: start, end, error codes, one lock |
 //!
 //! MPI's errors are returned, never fatal. No call of this crate blocks inside MPI but for those that start and end the job.
@@ -25,6 +26,7 @@ mod collective;
 mod datatype;
 mod exchange;
 mod flight;
+mod pace;
 #[cfg(test)]
 mod tests;
 mod world;

@@ -28,7 +28,7 @@ const MAY: [(&str, &[&str]); 17] = [
     ("longspan-cpu", &["longspan-hal"]),
     ("longspan-cuda", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
     ("longspan-dylib", &["longspan-hal"]),
-    ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels"]),
+    ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels", "longspan-peers"]),
     ("longspan-hal", &[]),
     ("longspan-kernels", &["longspan-hal"]),
     ("longspan-mpi", &["longspan-cpu", "longspan-hal", "longspan-peers"]),

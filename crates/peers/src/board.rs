@@ -4,11 +4,16 @@
 //! JOIN word, rank, size, who  -> JOINED to all when the last came; CAME n to who asks with WAITING
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
-//! STEP, ROUND                 noted
-//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the first rank that is not there yet
-//! BYE                         the rank left: whoever needs it from now on makes the group LOST
+//! STEP, BEGAN                 noted
+//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the rank that is furthest behind
+//! BROKEN what, why            -> the same to all: a rank saw that another does something else
+//! BYE rounds                  the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
+//! ROUND rounds                the answer to TELL: how many exchanges it queued, and again at every one from then on
 //! ```
+//!
+//! Ranks queue exchanges without a word: a frame for each would cost more than a small exchange does. The board asks (TELL)
+//! once it matters, which is when one is stuck or the first has left.
 //!
 //! The first fault stays, so all ranks name the same culprit.
 
@@ -36,12 +41,14 @@ pub(crate) mod kind {
     pub const WAITING: u8 = 8;
     pub const GATHER: u8 = 9;
     pub const BYE: u8 = 10;
+    pub const BEGAN: u8 = 11;
     pub const JOINED: u8 = 20;
     pub const VERDICT: u8 = 21;
     pub const LOST: u8 = 22;
     pub const BROKEN: u8 = 23;
     pub const CAME: u8 = 24;
     pub const REFUSED: u8 = 25;
+    pub const TELL: u8 = 26;
 }
 
 /// How long a server waits for its first connection.
@@ -49,6 +56,9 @@ const NOBODY: Duration = Duration::from_secs(600);
 
 /// How long a connection may take to say who it is, and a rank to take what it is told.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long ranks may take to say how many rounds they queued. One that hangs does not say it.
+const ANSWER: Duration = Duration::from_millis(500);
 
 /// The most bytes of a JOIN: nothing of a stranger is kept.
 const HELLO: u64 = 4096;
@@ -78,6 +88,10 @@ struct Server {
     ranks: HashMap<u64, Rank>,
     calls: HashMap<u64, Call>,
     over: bool,
+    /// Whether ranks tell of their rounds.
+    told: bool,
+    /// Who is stuck, in which round, and who is waited for if all have queued it.
+    stuck: Option<(u64, u64, u64)>,
     tell: Option<Tell>,
 }
 
@@ -86,8 +100,10 @@ struct Rank {
     writer: TcpStream,
     who: String,
     step: Step,
-    /// Exchanges that it queued.
-    rounds: u64,
+    /// Exchanges that it queued, as far as it said.
+    rounds: Option<u64>,
+    /// Exchanges that its device came to; 0 where the backend does not say.
+    began: u64,
     gone: bool,
 }
 
@@ -174,7 +190,7 @@ fn accept(listener: &TcpListener, server: &Arc<Mutex<Server>>) {
 }
 
 /// Serves one connection until it ends.
-fn attend(mut socket: TcpStream, server: &Mutex<Server>) {
+fn attend(mut socket: TcpStream, server: &Arc<Mutex<Server>>) {
     let prepared = socket.set_nonblocking(false).and_then(|()| socket.set_nodelay(true));
     let prepared = prepared.and_then(|()| socket.set_read_timeout(Some(PATIENCE)));
     let prepared = prepared.and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
@@ -185,8 +201,15 @@ fn attend(mut socket: TcpStream, server: &Mutex<Server>) {
     let mut bye = false;
     while let Ok((kind, body)) = read(&mut socket) {
         bye = kind == kind::BYE;
-        if bye || lock(server).handle(rank, kind, &mut Reader(&body)).is_err() {
+        if lock(server).handle(rank, kind, &mut Reader(&body)).is_err() || bye {
             break;
+        }
+        if kind == kind::STUCK_ROUND {
+            let server = Arc::clone(server);
+            let _ = std::thread::Builder::new().name("longspan board".into()).spawn(move || {
+                std::thread::sleep(ANSWER);
+                lock(&server).judge(true);
+            });
         }
     }
     lock(server).leave(rank, bye);
@@ -216,7 +239,7 @@ fn join(socket: &mut TcpStream, server: &Mutex<Server>) -> Result<u64> {
     }
     server.size = size;
     let writer = socket.try_clone()?;
-    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: 0, gone: false });
+    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: None, began: 0, gone: false });
     if server.ranks.len() as u64 == size {
         server.tell_all(kind::JOINED, &Fields::default());
     }
@@ -234,10 +257,15 @@ impl Server {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
             }
+            kind::BYE => self.count(rank, fields.number()?),
             kind::ROUND => {
-                let round = fields.number()?;
-                self.ranks.entry(rank).and_modify(|r| r.rounds = round);
+                self.count(rank, fields.number()?);
                 self.need_rounds();
+                self.judge(false);
+            }
+            kind::BEGAN => {
+                let round = fields.number()?;
+                self.ranks.entry(rank).and_modify(|r| r.began = round);
             }
             kind::ABORT => {
                 let step = fields.step()?;
@@ -252,11 +280,15 @@ impl Server {
                 }
             }
             kind::STUCK_ROUND => {
-                let (round, suspect) = (fields.number()?, fields.number()?);
-                let behind = |r: &u64| self.ranks.get(r).is_none_or(|state| state.rounds < round);
-                // All of them queued it: the one that is waited for, as far as that is known.
-                let lost = (0..self.size).find(behind).unwrap_or(suspect);
-                self.lose(lost);
+                let (queued, round, suspect) = (fields.number()?, fields.number()?, fields.number()?);
+                self.count(rank, queued);
+                self.stuck.get_or_insert((rank, round, suspect));
+                self.ask();
+                self.judge(false);
+            }
+            kind::BROKEN => {
+                let (what, why) = (fields.bytes()?, fields.bytes()?);
+                self.end(&Fields::default().bytes(what).bytes(why));
             }
             kind::WAITING => {
                 let came = self.ranks.values().filter(|r| !r.gone).count() as u64;
@@ -277,8 +309,7 @@ impl Server {
                  the same order",
                 call.name
             );
-            self.over = true;
-            return self.tell_all(kind::BROKEN, &Fields::default().bytes(why.as_bytes()));
+            return self.end(&Fields::default().bytes(b"collective call").bytes(why.as_bytes()));
         }
         call.offers.insert(rank, offer);
         if call.offers.len() as u64 == size {
@@ -294,6 +325,13 @@ impl Server {
         self.need_calls();
     }
 
+    /// The ranks do not do the same; `fields` say what and why.
+    fn end(&mut self, fields: &Fields) {
+        if !std::mem::replace(&mut self.over, true) {
+            self.tell_all(kind::BROKEN, fields);
+        }
+    }
+
     /// A rank that left is lost as soon as an open call misses it.
     fn need_calls(&mut self) {
         let gone = |r: &u64| self.ranks.get(r).is_some_and(|r| r.gone);
@@ -303,9 +341,37 @@ impl Server {
         }
     }
 
+    /// Frames of a rank may overtake each other.
+    fn count(&mut self, rank: u64, rounds: u64) {
+        self.ranks.entry(rank).and_modify(|r| r.rounds = r.rounds.max(Some(rounds)));
+    }
+
+    /// Has all ranks tell of their rounds.
+    fn ask(&mut self) {
+        if !std::mem::replace(&mut self.told, true) {
+            self.tell_all(kind::TELL, &Fields::default());
+        }
+    }
+
+    /// Who is lost of those that are in the way of a round. Not before all answered, but for the `last` time.
+    fn judge(&mut self, last: bool) {
+        let Some((rank, round, suspect)) = self.stuck else { return };
+        if last || self.ranks.values().all(|r| r.gone || r.rounds.is_some()) {
+            self.lose(self.behind(rank, round).unwrap_or(suspect));
+        }
+    }
+
+    /// Who keeps `rank` waiting in `round`: the first that did not queue it; or whose device is furthest from it, if they say.
+    fn behind(&self, rank: u64, round: u64) -> Option<u64> {
+        let queued = (0..self.size).find(|r| self.ranks.get(r).is_none_or(|r| r.rounds < Some(round)));
+        let began = |r: u64| self.ranks.get(&r).map_or(0, |r| r.began);
+        let last = (0..self.size).min_by_key(|r| began(*r)).filter(|r| began(*r) < began(rank));
+        queued.or(last)
+    }
+
     /// A rank that left is lost as soon as another queues a round that it did not.
     fn need_rounds(&mut self) {
-        let most = self.ranks.values().map(|r| r.rounds).max().unwrap_or(0);
+        let most = self.ranks.values().map(|r| r.rounds).max().flatten();
         let behind = |r: &u64| self.ranks.get(r).is_some_and(|r| r.gone && r.rounds < most);
         if let Some(rank) = (0..self.size).find(behind) {
             self.lose(rank);
@@ -320,6 +386,7 @@ impl Server {
             }
             self.need_calls();
             self.need_rounds();
+            self.ask();
         } else {
             // Not formed yet: the place is free again.
             self.ranks.remove(&rank);

@@ -11,7 +11,7 @@ use longspan_hal::{Error, Result, Step};
 use crate::board::kind;
 use crate::lock;
 use crate::place::Place;
-use crate::wire::{Fields, Reader, read, write};
+use crate::wire::{Fields, Reader, intern, read, write};
 
 /// How long the board may take to answer beyond a wait's own limit.
 const GRACE: Duration = Duration::from_secs(2);
@@ -26,14 +26,14 @@ pub struct Member {
     /// Bounds every wait for a peer.
     pub limit: Duration,
     shared: Arc<Shared>,
-    socket: Mutex<TcpStream>,
     calls: AtomicU64,
     step: Mutex<Step>,
 }
 
-/// What the reader of the connection writes.
-#[derive(Debug, Default)]
+/// What the reader of the connection shares with the rank's other threads.
+#[derive(Debug)]
 struct Shared {
+    socket: Mutex<TcpStream>,
     state: Mutex<State>,
     wake: Condvar,
 }
@@ -44,6 +44,9 @@ struct State {
     came: Option<u64>,
     verdicts: HashMap<u64, Vec<Vec<u8>>>,
     fault: Option<Fault>,
+    /// Exchanges that this rank queued, and whether the board hears of each.
+    rounds: u64,
+    told: bool,
 }
 
 /// Why a group is over.
@@ -83,21 +86,13 @@ impl Member {
         let hello = Fields::default().bytes(place.word()).number(u64::from(rank)).number(u64::from(size));
         let hello = hello.bytes(this_process().as_bytes());
         write(&mut socket, kind::JOIN, &hello).map_err(unreachable)?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { socket: Mutex::new(socket), state: Mutex::default(), wake: Condvar::new() });
         let listener = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("longspan group".into())
             .spawn(move || listener.listen(reader))
             .map_err(unreachable)?;
-        let this = Self {
-            rank,
-            size,
-            limit,
-            shared,
-            socket: Mutex::new(socket),
-            calls: AtomicU64::new(0),
-            step: Mutex::default(),
-        };
+        let this = Self { rank, size, limit, shared, calls: AtomicU64::new(0), step: Mutex::default() };
         this.wait_for_all()?;
         Ok(this)
     }
@@ -106,7 +101,7 @@ impl Member {
         if self.shared.until(self.limit, |s| s.joined.then_some(()))?.is_some() {
             return Ok(());
         }
-        self.send(kind::WAITING, &Fields::default());
+        self.shared.send(kind::WAITING, &Fields::default());
         let came = self.shared.until(GRACE, |s| s.came)?.unwrap_or(1);
         Err(Error::Timeout { call: came_text(came), limit: self.limit })
     }
@@ -130,7 +125,7 @@ impl Member {
     fn call(&self, kind: u8, name: &'static str, offer: &Fields) -> Result<Vec<Vec<u8>>> {
         self.alive(name)?;
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
-        self.send(kind, &Fields::default().number(call).bytes(name.as_bytes()).bytes(&offer.0));
+        self.shared.send(kind, &Fields::default().number(call).bytes(name.as_bytes()).bytes(&offer.0));
         let verdict = |limit| {
             self.shared.until_or(limit, |s| match (s.verdicts.remove(&call), &s.fault) {
                 (Some(verdict), _) => Some(Ok(verdict)),
@@ -141,7 +136,7 @@ impl Member {
         if let Some(result) = verdict(self.limit) {
             return result;
         }
-        self.send(kind::STUCK_CALL, &Fields::default().number(call));
+        self.shared.send(kind::STUCK_CALL, &Fields::default().number(call));
         verdict(GRACE).unwrap_or(Err(Error::Timeout { call: name, limit: self.limit }))
     }
 
@@ -161,18 +156,48 @@ impl Member {
     /// Reports the step.
     pub fn progress(&self, step: Step) {
         *lock(&self.step) = step;
-        self.send(kind::STEP, &Fields::default().step(step));
+        self.shared.send(kind::STEP, &Fields::default().step(step));
     }
 
-    /// Reports that this rank queued round `round` (from 1).
+    /// Notes that this rank queued round `round` (from 1).
     pub fn queued(&self, round: u64) {
-        self.send(kind::ROUND, &Fields::default().number(round));
+        let told = {
+            let mut state = lock(&self.shared.state);
+            state.rounds = state.rounds.max(round);
+            state.told
+        };
+        if told {
+            self.shared.send(kind::ROUND, &Fields::default().number(round));
+        }
     }
 
-    /// Says that round `round` does not end, and which rank this one waits for if all have queued it. The answer is a
-    /// fault, which ends the group.
+    /// Reports that this rank's device came to round `round`, if the backend can see that.
+    pub fn began(&self, round: u64) {
+        self.shared.send(kind::BEGAN, &Fields::default().number(round));
+    }
+
+    /// Says that round `round` does not end, and which rank this one waits for if all have queued it; round 0 if rounds are
+    /// not reported. The answer is a fault, which ends the group.
     pub fn stuck(&self, round: u64, suspect: u32) {
-        self.send(kind::STUCK_ROUND, &Fields::default().number(round).number(u64::from(suspect)));
+        let queued = lock(&self.shared.state).rounds;
+        let fields = Fields::default().number(queued).number(round).number(u64::from(suspect));
+        self.shared.send(kind::STUCK_ROUND, &fields);
+    }
+
+    /// Ends the group, since the ranks do not do the same: all get [`Error::Invalid`] about `what`.
+    pub fn refuse(&self, what: &'static str, why: &str) -> Error {
+        let error = Error::invalid(what, why);
+        self.shared.fail(Fault::Broken(error.clone()));
+        self.shared.send(kind::BROKEN, &Fields::default().bytes(what.as_bytes()).bytes(why.as_bytes()));
+        error
+    }
+
+    /// Leaves the group in order, before this is dropped.
+    pub fn leave(&self) {
+        let rounds = lock(&self.shared.state).rounds;
+        self.shared.send(kind::BYE, &Fields::default().number(rounds));
+        // The board reads what was sent before the end.
+        let _ = lock(&self.shared.socket).shutdown(Shutdown::Write);
     }
 
     /// Waits for the fault that ends the group, for `call`; a [`Error::Timeout`] if none comes soon.
@@ -185,18 +210,13 @@ impl Member {
     pub fn abort(&self) {
         let step = *lock(&self.step);
         self.shared.fail(Fault::Lost(self.rank, step));
-        self.send(kind::ABORT, &Fields::default().step(step));
+        self.shared.send(kind::ABORT, &Fields::default().step(step));
     }
 
     /// Ends the connection as a death of the process does.
     #[cfg(test)]
     pub(crate) fn cut(self) {
-        let _ = lock(&self.socket).shutdown(Shutdown::Both);
-    }
-
-    fn send(&self, kind: u8, fields: &Fields) {
-        // A connection that broke shows in the reader, as a fault.
-        let _ = write(&mut *lock(&self.socket), kind, fields);
+        let _ = lock(&self.shared.socket).shutdown(Shutdown::Both);
     }
 }
 
@@ -205,9 +225,7 @@ impl Drop for Member {
         if std::thread::panicking() {
             self.abort();
         }
-        self.send(kind::BYE, &Fields::default());
-        // The board reads what was sent before the end.
-        let _ = lock(&self.socket).shutdown(Shutdown::Write);
+        self.leave();
     }
 }
 
@@ -222,11 +240,16 @@ impl Shared {
         self.fail(Fault::Lost(0, Step::default()));
     }
 
+    fn send(&self, kind: u8, fields: &Fields) {
+        // A connection that broke shows in the reader, as a fault.
+        let _ = write(&mut *lock(&self.socket), kind, fields);
+    }
+
     fn hear(&self, kind: u8, fields: &mut Reader<'_>) -> std::io::Result<()> {
         match kind {
             kind::BROKEN => {
-                let why = fields.text()?;
-                self.fail(Fault::Broken(Error::invalid("collective call", why)));
+                let (what, why) = (intern(&fields.text()?), fields.text()?);
+                self.fail(Fault::Broken(Error::invalid(what, why)));
             }
             kind::REFUSED => {
                 let why = fields.text()?;
@@ -237,6 +260,14 @@ impl Shared {
             kind::LOST => {
                 let rank = fields.number()? as u32;
                 self.fail(Fault::Lost(rank, fields.step()?));
+            }
+            kind::TELL => {
+                let rounds = {
+                    let mut state = lock(&self.state);
+                    state.told = true;
+                    state.rounds
+                };
+                self.send(kind::ROUND, &Fields::default().number(rounds));
             }
             kind::VERDICT => {
                 let (call, mut offers) = (fields.number()?, Vec::new());
