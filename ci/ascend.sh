@@ -12,12 +12,24 @@ cd "$(dirname "$0")/.."
 readonly input=conformance/data/minilm-layer0.safetensors
 readonly target=${CARGO_TARGET_DIR:-target}
 
+# processes PROGRAM RANKS: a verified run whose ranks are processes, with the variables that torchrun sets.
+processes() {
+    local rank job=()
+    for ((rank = 0; rank < $2; rank++)); do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$2 LOCAL_WORLD_SIZE=$2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \
+            "$1" run --input $input --backward --verify --backend ascend --ring "$2" --mask causal --layout zigzag &
+        job+=($!)
+    done
+    for rank in "${job[@]}"; do wait "$rank"; done
+}
+
 # runs PROGRAM RANKS: doctor, and verified runs on so many ranks.
 runs() {
     "$1" doctor
     "$1" run --input $input --backward --verify --backend ascend --ulysses "$2"
     "$1" run --input $input --backward --verify --backend ascend --ring "$2" --mask causal --layout zigzag
     "$1" run --input $input --backward --verify --backend ascend-fused --ulysses "$2" --mask causal
+    if (($2 > 1)); then processes "$1" "$2"; fi
 }
 
 # emulated: builds the program and the emulator, and runs the one over the other.

@@ -11,7 +11,7 @@ mod processes;
 use std::sync::Arc;
 use std::time::Duration;
 
-use longspan::{Board, Engine, Error, Layout, Mask, Mesh, Placement, Problem, Processes, Tensor, in_group};
+use longspan::{Board, Engine, Error, Layout, Mask, Mesh, Placement, Problem, Processes, Tensor};
 use longspan_ascend::{Ascend, AscendFused};
 use longspan_conformance::{Options, expectations, run};
 use longspan_hal::{Backend, DType};
@@ -65,6 +65,7 @@ fn the_suite_passes() {
     };
     let job = Arc::new(job());
     judge::<Ascend>(&job, "collective/*");
+    judge::<Ascend>(&job, "engine/*");
     judge::<Ascend>(&job, "seqpar/layers-in-a-row-*");
     judge::<Ascend>(&job, "seqpar/dropout-mask-is-exact-*");
     judge::<AscendFused>(&job, "seqpar/layers-in-a-row-f32-*");
@@ -82,9 +83,8 @@ fn misuses() -> u64 {
 }
 
 /// Ring attention forward and backward, again and again; says so after the first time.
-fn work(engine: &mut dyn Engine) -> longspan::Result<()> {
-    let mesh = Mesh::new(1, engine.size(), Placement::UlyssesInner)?;
-    let layout = Layout::zigzag(64, &mesh);
+fn work(engine: &mut dyn Engine, mesh: &Mesh) -> longspan::Result<()> {
+    let layout = Layout::zigzag(64, mesh);
     let problem = Problem::new(DType::F32, 1, [2, 2], 16).with_backward(true);
     let shard = |seed| Tensor::normal(DType::F32, [1, 64, 2, 16], seed).shard(&layout, engine.rank());
     let (q, k, v, dout) = (shard(1)?, shard(2)?, shard(3)?, shard(4)?);
@@ -102,13 +102,8 @@ fn work(engine: &mut dyn Engine) -> longspan::Result<()> {
 /// A process of a job that loses one: says how its work ended.
 fn work_until_somebody_is_lost() {
     let job = job();
-    let run = || {
-        let id = job.group_id::<Ascend>()?;
-        let devices = Ascend::devices()?;
-        let device = job.device(&devices, Ascend::NAME)?;
-        in_group::<Ascend, ()>(device, &id, [job.rank(), job.size()], LIMIT, work)
-    };
-    match run() {
+    let mesh = Mesh::new(1, job.size(), Placement::UlyssesInner).expect("a ring");
+    match job.on_rank(Ascend::NAME, &mesh, LIMIT, |engine| work(engine, &mesh)) {
         Err(Error::PeerLost { rank, .. }) => say(&format!("lost {rank}")),
         other => say(&format!("{other:?}")),
     }

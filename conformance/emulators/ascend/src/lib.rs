@@ -13,7 +13,7 @@
 //! | contexts are thread-local | 107002 without one, 107003 for a stream of another |
 //! | executors run once | a second run, a leak, and tensors ended before phase 2 are refused or reported |
 //! | workspaces are never zero | 512 bytes at least; too small a one is refused |
-//! | rendezvous | a send ends when its receive ran; nobody is told of a lost peer, only a timeout ends the wait |
+//! | rendezvous | between threads and processes alike a send ends when its receive ran; nobody is told of a lost peer, only a timeout ends the wait |
 //! | fused attention | f16/bf16 outputs are rounded, statistics are eight copies, masked logits are `-FLT_MAX` |
 //!
 //! Everything that was refused or went wrong by misuse is kept as text and counted: [`longspan_emulator_misuses`],
