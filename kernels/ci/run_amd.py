@@ -24,21 +24,27 @@ from compile import ROOT, parse  # noqa: E402
 
 # What the emulator calls them.
 ARCHES = {"gfx942": "cdna", "gfx1100": "rdna3"}
-# name: dtype, batch, queries, keys, heads, kv heads, head size, causal, more keys of `emit`
+# What a case is where it says nothing; `window`: keys that a query sees, up to its own; `more`: other keys of `emit`.
+PLAIN = {"dtype": "bf16", "batch": 1, "q_rows": 20, "k_rows": 36, "heads": 1, "kv_heads": 1, "dim": 16, "window": None, "softcap": 0.0,
+         "alibi": False, "more": ""}
 CASES = {
-    "bf16": ("bf16", 1, 40, 40, 2, 1, 32, True, ""),
-    "f16": ("f16", 1, 33, 70, 1, 1, 64, False, ""),
-    "softcap": ("bf16", 1, 20, 36, 2, 2, 16, False, "softcap=2.0"),
-    "deterministic": ("bf16", 1, 40, 40, 2, 1, 32, True, "deterministic=1"),
-    "f32": ("f32", 1, 20, 24, 1, 1, 16, True, ""),
+    "bf16": {"q_rows": 40, "k_rows": 40, "heads": 2, "dim": 32, "window": 1 << 20},
+    "f16": {"dtype": "f16", "q_rows": 33, "k_rows": 70, "dim": 64},
+    "gqa": {"dtype": "f16", "heads": 4, "kv_heads": 2, "dim": 24},
+    "band": {"dtype": "f16", "q_rows": 40, "k_rows": 40, "dim": 48, "window": 9},
+    "softcap": {"heads": 2, "kv_heads": 2, "softcap": 2.0},
+    "alibi": {"dtype": "f16", "heads": 2, "window": 1 << 20, "alibi": True},
+    "deterministic": {"q_rows": 40, "k_rows": 40, "heads": 2, "dim": 32, "window": 1 << 20, "more": "deterministic=1"},
+    "d96": {"q_rows": 17, "k_rows": 33, "dim": 96},
+    "d256": {"dtype": "f16", "q_rows": 16, "k_rows": 20, "dim": 256},
+    "f32": {"dtype": "f32", "k_rows": 24, "window": 1 << 20},
 }
 
 
 class Case:
     def __init__(self, name):
-        self.name = name
-        self.dtype, self.batch, self.q_rows, self.k_rows, self.heads, self.kv_heads, self.dim, self.causal, self.more = CASES[name]
-        self.softcap = float(self.more.split("=")[1]) if "softcap" in self.more else 0.0
+        self.__dict__.update(PLAIN | CASES[name])
+        self.slopes = numpy.float32(0.25) / (1 + numpy.arange(self.heads, dtype=numpy.float32))
         draw = numpy.random.default_rng(7)
         of = lambda rows, heads: self.rounded(draw.standard_normal((self.batch, rows, heads, self.dim)))
         self.q, self.dout = of(self.q_rows, self.heads), of(self.q_rows, self.heads)
@@ -60,10 +66,11 @@ class Case:
         return x.astype(numpy.float64)
 
     def emit_lines(self):
-        hi = 0 if self.causal else 1 << 29
+        lo, hi = (1 - self.window, 0) if self.window else (-(1 << 29), 1 << 29)
+        options = f"softcap={self.softcap} " * bool(self.softcap) + "alibi=1 " * self.alibi + self.more
         return (f"case c dtype={self.dtype} batch={self.batch} q_rows={self.q_rows} k_rows={self.k_rows} heads={self.heads} "
-                f"kv_heads={self.kv_heads} head_dim={self.dim} accumulate=1 {self.more}\n"
-                f"slice 0 0 {self.q_rows} 0 {self.k_rows} -536870912 {hi} 0 0 1 1\n")
+                f"kv_heads={self.kv_heads} head_dim={self.dim} accumulate=1 {options}\n"
+                f"slice 0 0 {self.q_rows} 0 {self.k_rows} {lo} {hi} 0 0 1 1\n")
 
     def oracle(self):
         """out, lse, delta, dq, dk, dv in f64."""
@@ -77,8 +84,11 @@ class Case:
         if self.softcap:
             t = numpy.tanh(x0 / self.softcap)
             x, bend = self.softcap * t, 1 - t * t
-        if self.causal:
-            x = numpy.where(numpy.arange(self.k_rows) <= numpy.arange(self.q_rows)[:, None], x, -numpy.inf)
+        behind = numpy.arange(self.q_rows)[:, None] - numpy.arange(self.k_rows)
+        if self.alibi:
+            x = x - self.slopes[:, None, None].astype(numpy.float64) * numpy.abs(behind)
+        if self.window:
+            x = numpy.where((behind >= 0) & (behind < self.window), x, -numpy.inf)
         m = x.max(-1, keepdims=True)
         lse = (m + numpy.log(numpy.exp(x - m).sum(-1, keepdims=True)))[..., 0]
         p = numpy.exp(x - lse[..., None])
@@ -148,7 +158,8 @@ NONE = struct.pack("<Qqqq", 0, 0, 0, 0)
 
 
 def problem(case, tiles, pieces, kernel):
-    return (struct.pack("<QQ", address(tiles), address(pieces)) + NONE + struct.pack("<QQ", 0, 0)
+    slopes = tensor(case.slopes[None, None, :, None]) if case.alibi else NONE
+    return (struct.pack("<QQ", address(tiles), address(pieces)) + slopes + struct.pack("<QQ", 0, 0)
             + struct.pack("<10I", kernel.tiles, case.heads, case.kv_heads, kernel.section, 0, case.heads // case.kv_heads, 0, 0,
                           case.dim, case.dim)
             + struct.pack("<fffI", 1 / numpy.sqrt(case.dim), case.softcap or 1.0, 1.0, 0))

@@ -3,7 +3,8 @@
 //   p = exp(x - lse)      dp = keep / (1 - drop) * dout v^T      ds = p (dp - delta) (1 - (x0 / softcap)^2)
 //   dv = (keep / (1 - drop) p)^T dout      dk = scale ds^T q      dq = scale ds k
 //
-//   one block = one key tile of one KV head; K and V stay in shared memory, dK and dV in registers
+//   one block = one key tile of one KV head; dK and dV stay in registers, K and V in shared memory, or in registers with HELD
+//     (then what is read by columns lies in quads: K, for dQ; Q and dout beside their rows)
 //     for each query head of the KV head, each piece, each block of BLOCK_M queries: Q and dout from registers to shared
 //     memory, those of the next block to registers
 //         for each 16 of the queries: S = Q K^T; P = exp2(S - lse), 0 outside the band; dP = dout V^T; dS = P (dP - delta)
@@ -15,7 +16,7 @@
 // its part of the columns of dK and dV. Each KV head's query heads are summed here, in order: no atomics but those of dQ, and
 // none in the deterministic mode (DQ = 0), where amd_attention_backward_dq.cu computes dQ.
 //
-// Macros: KEY_WAVES, SPLIT, K_TILES, BLOCK_M, DQ, GRADIENT_F32.
+// Macros: KEY_WAVES, SPLIT, K_TILES, BLOCK_M, HELD, DQ, GRADIENT_F32.
 
 struct BackwardParams {
     Problem problem;
@@ -30,11 +31,17 @@ static_assert(sizeof(BackwardParams) == 416, "layout");
 constexpr int WAVES = KEY_WAVES * SPLIT, THREADS = WAVES * WARP;
 constexpr int KEYS = 16 * K_TILES, BLOCK_N = KEY_WAVES * KEYS;  // of a wave, of the block
 constexpr int COLUMNS = HEAD_DIM / SPLIT, COLUMNS_V = HEAD_DIM_V / SPLIT;
-constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2, V_BYTES = BLOCK_N * pitch<HEAD_DIM_V>() * 2;
-constexpr u32 Q_AT = K_BYTES + V_BYTES, O_AT = Q_AT + BLOCK_M * pitch<HEAD_DIM>() * 2;
-constexpr u32 DS_AT = O_AT + BLOCK_M * pitch<HEAD_DIM_V>() * 2;
-constexpr u32 STATS_AT = DS_AT + (DQ ? BLOCK_M * pitch<BLOCK_N>() * 2 : 0);
-static_assert(STATS_AT + 2 * BLOCK_M * 4 == SHARED_BYTES, "shared memory");
+template <int ROWS, int DIM> CONSTEXPR u32 row_bytes() { return ROWS * pitch<DIM>() * 2; }
+template <int ROWS, int DIM> CONSTEXPR u32 quad_bytes() { return HELD ? ROWS * DIM * 2 : 0; }
+constexpr u32 K_BYTES = HELD ? quad_bytes<DQ ? BLOCK_N : 0, HEAD_DIM>() : row_bytes<BLOCK_N, HEAD_DIM>();
+constexpr u32 V_BYTES = HELD ? 0 : row_bytes<BLOCK_N, HEAD_DIM_V>();
+constexpr u32 Q_AT = K_BYTES + V_BYTES, O_AT = Q_AT + row_bytes<BLOCK_M, HEAD_DIM>();
+constexpr u32 Q_QUADS_AT = O_AT + row_bytes<BLOCK_M, HEAD_DIM_V>(), O_QUADS_AT = Q_QUADS_AT + quad_bytes<BLOCK_M, HEAD_DIM>();
+constexpr u32 DS_AT = O_QUADS_AT + quad_bytes<BLOCK_M, HEAD_DIM_V>();
+constexpr u32 STATS_AT = DS_AT + (DQ ? row_bytes<BLOCK_M, BLOCK_N>() : 0), BYTES = STATS_AT + 2 * BLOCK_M * 4;
+// K and V pass through on their way to registers, one after the other.
+constexpr u32 PASSING = HELD ? row_bytes<BLOCK_N, HEAD_DIM < HEAD_DIM_V ? HEAD_DIM_V : HEAD_DIM>() : 0;
+static_assert((BYTES > PASSING ? BYTES : PASSING) == SHARED_BYTES && Q_QUADS_AT % 256 == 0, "shared memory");
 static_assert(2 * BLOCK_M <= THREADS && BLOCK_M % 16 == 0 && COLUMNS % 16 == 0 && COLUMNS_V % 16 == 0, "tiles");
 
 #if GRADIENT_F32
@@ -43,26 +50,33 @@ typedef float Gradient;
 typedef u16 Gradient;
 #endif
 typedef Product Pairs[K_TILES];
+template <int DIM> using Keys = Operand[K_TILES][HELD ? DIM / 16 : 1];  // K or V of this wave
+#if HELD
+template <int DIM> using Queries = TravelByQuads<BLOCK_M, DIM, THREADS>;
+#else
+template <int DIM> using Queries = Travel<BLOCK_M, DIM, THREADS>;
+#endif
 
-// C = A B^T over DIM: 16 rows from `a`, this wave's rows of `b`.
-template <int DIM> DEVICE void product(Pairs &c, u32 a, u32 b) {
+// C = A B^T over DIM: 16 rows from `a`, this wave's rows in registers or from `b`.
+template <int DIM> DEVICE void product(Pairs &c, u32 a, const Keys<DIM> &held, u32 b) {
     UNROLL for (int kt = 0; kt < K_TILES; ++kt) clear(c[kt]);
     UNROLL for (int kk = 0; kk < DIM / 16; ++kk) {
         Operand x;
         load_operand(x, a + offset<DIM>(0, 16 * kk));
         UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
             Operand y;
-            load_operand(y, b + offset<DIM>(16 * kt, 16 * kk));
-            multiply(c[kt], x, y);
+            if (!HELD) load_operand(y, b + offset<DIM>(16 * kt, 16 * kk));
+            multiply(c[kt], x, HELD ? held[kt][HELD ? kk : 0] : y);
         }
     }
 }
 
-// acc^T += A^T B for 16 queries: A from rows of DIM elements at `a`, COLS of its columns; B (queries x keys) in registers.
-template <int DIM, int COLS> DEVICE void gather16(Product (&acc)[K_TILES][COLS / 16], const Operand (&b)[K_TILES], u32 a) {
+// acc^T += A^T B for the 16 queries from `row` on: A by columns at `a`, COLS from `column` on; B (queries x keys) in registers.
+template <int DIM, int COLS>
+DEVICE void gather16(Product (&acc)[K_TILES][COLS / 16], const Operand (&b)[K_TILES], u32 a, int row, int column) {
     UNROLL for (int j = 0; j < COLS / 16; ++j) {
         Operand x;
-        load_operand_transposed<DIM>(x, a + offset<DIM>(0, 16 * j));
+        load_columns<HELD, DIM>(x, a, row, column + 16 * j);
         UNROLL for (int kt = 0; kt < K_TILES; ++kt) multiply(acc[kt][j], x, b[kt]);
     }
 }
@@ -85,8 +99,8 @@ DEVICE void advance(Cursor &at, const Piece *pieces, const Tile &t) {
 // A block of queries on its way: Q, dout, and this thread's row statistic: thread i < BLOCK_M has lse of row i in log2 units
 // (+inf where P must be 0), the next BLOCK_M threads have delta.
 struct Block {
-    Travel<BLOCK_M, HEAD_DIM, THREADS> q;
-    Travel<BLOCK_M, HEAD_DIM_V, THREADS> dout;
+    Queries<HEAD_DIM> q;
+    Queries<HEAD_DIM_V> dout;
     float stat;
 
     DEVICE void load(const BackwardParams &p, u32 batch, const Cursor &c, int end) {
@@ -106,6 +120,10 @@ struct Block {
     DEVICE void store(u32 base, float *stats) const {
         q.store(base + Q_AT);
         dout.store(base + O_AT);
+#if HELD
+        q.store_quads(base + Q_QUADS_AT);
+        dout.store_quads(base + O_QUADS_AT);
+#endif
         if (threadIdx.x < 2 * BLOCK_M) stats[threadIdx.x] = stat;
     }
 };
@@ -162,7 +180,7 @@ DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k,
         clear(c);
         UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
             Operand x, y;
-            load_operand_transposed<HEAD_DIM>(x, k + lane_by_columns<HEAD_DIM>(lane) + offset<HEAD_DIM>(16 * kk, column0));
+            load_columns<HELD, HEAD_DIM>(x, k + lane_by_columns<HELD, HEAD_DIM>(lane), 16 * kk, column0);
             load_operand(y, ds + lane_by_rows<BLOCK_N>(lane) + offset<BLOCK_N>(row0, 16 * kk));
             multiply(c, x, y);
         }
@@ -173,6 +191,19 @@ DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k,
             if (row < valid && column0 + column < dim) add_global(to + column, c[r] * p.problem.scale);
         }
     }
+}
+#endif
+
+#if HELD
+// K or V by rows to shared memory, from there this wave's to registers.
+template <int DIM>
+DEVICE void hold(Keys<DIM> &held, u32 base, const u16 *from, i64 stride, int valid, int dim, int first, int lane) {
+    barrier();
+    load_tile<BLOCK_N, DIM, THREADS>(base, from, stride, valid, dim, threadIdx.x);
+    barrier();
+    const u32 at = base + offset<DIM>(first, 0) + lane_by_rows<DIM>(lane);
+    UNROLL for (int kt = 0; kt < K_TILES; ++kt)
+        UNROLL for (int kk = 0; kk < DIM / 16; ++kk) load_operand(held[kt][kk], at + offset<DIM>(16 * kt, 16 * kk));
 }
 #endif
 
@@ -216,13 +247,26 @@ KERNEL(THREADS, 1) attention_backward(PARAMS(BackwardParams) p) {
     const u32 heads = tile.count ? u32(past_head < int(p.problem.heads) ? past_head : int(p.problem.heads)) : 0;
     Cursor next{u32(first_head > 0 ? first_head : 0), tile.first, 0};
     Block block;
+    Keys<HEAD_DIM> held_k;
+    Keys<HEAD_DIM_V> held_v;
     if (next.head < heads) {
         next.query = pieces[next.piece].q0;
         block.load(p, tile.batch, next, pieces[next.piece].q1);
-        load_tile<BLOCK_N, HEAD_DIM, THREADS>(k_at, ::at<const u16>(p.k, tile.batch, tile.row0, where.head), p.k.row,
-                                              tile.rows, dim, threadIdx.x);
-        load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(v_at, ::at<const u16>(p.v, tile.batch, tile.row0, where.head), p.v.row,
-                                                tile.rows, dim_v, threadIdx.x);
+        const u16 *k = ::at<const u16>(p.k, tile.batch, tile.row0, where.head);
+        const u16 *v = ::at<const u16>(p.v, tile.batch, tile.row0, where.head);
+#if HELD
+        hold<HEAD_DIM>(held_k, base, k, p.k.row, tile.rows, dim, key_wave * KEYS, lane);
+        hold<HEAD_DIM_V>(held_v, base, v, p.v.row, tile.rows, dim_v, key_wave * KEYS, lane);
+#if DQ
+        TravelByQuads<BLOCK_N, HEAD_DIM, THREADS> keys;
+        keys.load(k, p.k.row, tile.rows, dim);
+        barrier();
+        keys.store_quads(base);
+#endif
+#else
+        load_tile<BLOCK_N, HEAD_DIM, THREADS>(k_at, k, p.k.row, tile.rows, dim, threadIdx.x);
+        load_tile<BLOCK_N, HEAD_DIM_V, THREADS>(v_at, v, p.v.row, tile.rows, dim_v, threadIdx.x);
+#endif
     }
     Product dk[K_TILES][COLUMNS / 16], dv[K_TILES][COLUMNS_V / 16];
     UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
@@ -231,6 +275,8 @@ KERNEL(THREADS, 1) attention_backward(PARAMS(BackwardParams) p) {
     }
     const u32 wave_k = k_at + offset<HEAD_DIM>(key_wave * KEYS, 0) + lane_by_rows<HEAD_DIM>(lane);
     const u32 wave_v = v_at + offset<HEAD_DIM_V>(key_wave * KEYS, 0) + lane_by_rows<HEAD_DIM_V>(lane);
+    const u32 q_columns = base + (HELD ? Q_QUADS_AT : Q_AT) + lane_by_columns<HELD, HEAD_DIM>(lane);
+    const u32 o_columns = base + (HELD ? O_QUADS_AT : O_AT) + lane_by_columns<HELD, HEAD_DIM_V>(lane);
     const int wave_key = tile.row0 + key_wave * KEYS;
 
     while (next.head < heads) {
@@ -251,19 +297,16 @@ KERNEL(THREADS, 1) attention_backward(PARAMS(BackwardParams) p) {
                               query < piece.q1;
             Pairs s, ds;
             if (sees) {
-                product<HEAD_DIM>(s, base + Q_AT + offset<HEAD_DIM>(row, 0) + lane_by_rows<HEAD_DIM>(lane),
+                product<HEAD_DIM>(s, base + Q_AT + offset<HEAD_DIM>(row, 0) + lane_by_rows<HEAD_DIM>(lane), held_k,
                                   loaded_anew(wave_k));
                 product<HEAD_DIM_V>(ds, base + O_AT + offset<HEAD_DIM_V>(row, 0) + lane_by_rows<HEAD_DIM_V>(lane),
-                                    loaded_anew(wave_v));
+                                    held_v, loaded_anew(wave_v));
                 differentiate(s, ds, context, piece, LaneAt{lane, wave_key + lane % 16, query}, stats + row);
                 Operand weights[K_TILES];
                 UNROLL for (int kt = 0; kt < K_TILES; ++kt) as_operand(weights[kt], s[kt], lane);
-                gather16<HEAD_DIM_V, COLUMNS_V>(
-                    dv, weights,
-                    base + O_AT + offset<HEAD_DIM_V>(row, part * COLUMNS_V) + lane_by_columns<HEAD_DIM_V>(lane));
+                gather16<HEAD_DIM_V, COLUMNS_V>(dv, weights, o_columns, row, part * COLUMNS_V);
                 UNROLL for (int kt = 0; kt < K_TILES; ++kt) as_operand(weights[kt], ds[kt], lane);
-                gather16<HEAD_DIM, COLUMNS>(
-                    dk, weights, base + Q_AT + offset<HEAD_DIM>(row, part * COLUMNS) + lane_by_columns<HEAD_DIM>(lane));
+                gather16<HEAD_DIM, COLUMNS>(dk, weights, q_columns, row, part * COLUMNS);
             }
 #if DQ
             if (part == 0) {

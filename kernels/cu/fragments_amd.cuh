@@ -23,11 +23,8 @@ DEVICE void clear(Product &c) {
     UNROLL for (int r = 0; r < PRODUCT_VALUES; ++r) c[r] = 0.0f;
 }
 
-// Byte offset of this lane's part of an operand whose lines are rows of DIM elements; and of one whose lines are columns.
+// An operand whose lines are rows of DIM elements in shared memory: byte offset of this lane's part, and the read.
 template <int DIM> DEVICE u32 lane_by_rows(int lane) { return u32(lane % 16 * pitch<DIM>() + operand_first(lane)) * 2; }
-template <int DIM> DEVICE u32 lane_by_columns(int lane) { return u32(operand_first(lane) * pitch<DIM>() + lane % 16) * 2; }
-
-// An operand whose lines are rows in shared memory.
 DEVICE void load_operand(Operand &x, u32 at) {
     if constexpr (OPERAND_WORDS == 2) {
         load_shared2(reinterpret_cast<u32(&)[2]>(x), at);
@@ -37,11 +34,39 @@ DEVICE void load_operand(Operand &x, u32 at) {
                          x[i + 3 < OPERAND_WORDS ? i + 3 : 0], at + 4 * i);
     }
 }
-// An operand whose lines are columns of rows of DIM elements.
-template <int DIM> DEVICE void load_operand_transposed(Operand &x, u32 at) {
-    UNROLL for (int i = 0; i < OPERAND_WORDS; ++i) {
-        const u32 low = load_shared_16(at + offset<DIM>(2 * i, 0)), high = load_shared_16(at + offset<DIM>(2 * i + 1, 0));
-        x[i] = low | high << 16;
+
+// Rows of DIM elements in *quads*: element after element of four rows, so that the four neighbours in a column that a lane
+// holds are one read. So that lanes meet different banks: in columns 16..31, 48..63, and so on the pairs change places (eight
+// threads each write 16 bytes of every other pair); in every other quad neighbouring 16 columns do (two quads are read at once
+// where there are 64 banks; rows of an odd number of 16 columns are apart already). backends/rocm/tests/banks.rs counts.
+template <int DIM> CONSTEXPR u32 quad(int row, int column) {
+    const int pairs = column / 16 % 2 * 2, sixteens = DIM % 32 == 0 ? row / 4 % 2 * 16 : 0;
+    return u32(row / 4 * DIM + (column ^ pairs ^ sixteens)) * 8;
+}
+
+// An operand whose lines are columns of rows of DIM elements, which lie in quads or one after the other: byte offset of this
+// lane's part of columns 0..15, and the read for `row`.. and `column`.., multiples of 16. Quads start at multiples of 256 bytes.
+template <bool QUADS, int DIM> DEVICE u32 lane_by_columns(int lane) {
+    const int row = operand_first(lane), column = lane % 16;
+    return QUADS ? quad<DIM>(row, column) : offset<DIM>(row, column);
+}
+template <bool QUADS, int DIM> DEVICE void load_columns(Operand &x, u32 at, int row, int column) {
+    if constexpr (QUADS) {
+        if constexpr (DIM % 32 == 0)
+            at = (column % 32 ? at ^ 144 : at) + u32(row / 4 * DIM + column / 32 * 32) * 8;
+        else
+            at = (column % 32 ? at ^ 16 : at) + u32(row / 4 * DIM + column) * 8;
+        UNROLL for (int i = 0; i < OPERAND_WORDS; i += 2) {
+            u32 words[2];
+            load_shared2(words, (DIM % 32 == 0 && i / 2 % 2 ? at ^ 128 : at) + i / 2 * DIM * 8);
+            x[i] = words[0], x[i + 1] = words[1];
+        }
+    } else {
+        at += offset<DIM>(row, column);
+        UNROLL for (int i = 0; i < OPERAND_WORDS; ++i) {
+            const u32 low = load_shared_16(at + offset<DIM>(2 * i, 0)), high = load_shared_16(at + offset<DIM>(2 * i + 1, 0));
+            x[i] = low | high << 16;
+        }
     }
 }
 
@@ -115,11 +140,68 @@ template <int COUNT, int DIM, int THREADS> struct Travel {
         }
     }
     DEVICE void store(u32 to) const {
+        each([&](int row, int column, const u32(&words)[4]) {
+            store_shared4(to + offset<DIM>(row, column), words[0], words[1], words[2], words[3]);
+        });
+    }
+    template <typename F> DEVICE void each(F &&f) const {
         UNROLL for (int i = 0; i < TURNS; ++i) {
-            const int index = int(threadIdx.x) + i * THREADS, row = index / CHUNKS, column = index % CHUNKS * 8;
+            const int index = int(threadIdx.x) + i * THREADS;
             if (TOTAL % THREADS != 0 && index >= TOTAL) break;
-            store_shared4(to + offset<DIM>(row, column), x[i][0], x[i][1], x[i][2], x[i][3]);
+            f(index / CHUNKS, index % CHUNKS * 8, x[i]);
         }
     }
+};
+
+// The same where rows will lie in quads: a thread takes four columns of four rows.
+template <int COUNT, int DIM, int THREADS> struct TravelByQuads {
+    static constexpr int CHUNKS = DIM / 4, TOTAL = COUNT / 4 * CHUNKS, TURNS = (TOTAL + THREADS - 1) / THREADS;
+    u32 x[TURNS][4][2];
+
+    DEVICE void load(const u16 *from, i64 stride, int valid, int dim) {
+        UNROLL for (int i = 0; i < TURNS; ++i) {
+            const int index = int(threadIdx.x) + i * THREADS, first = index / CHUNKS * 4, column = index % CHUNKS * 4;
+            const bool inside = TOTAL % THREADS == 0 || index < TOTAL;
+            const u16 *at = from + first * stride + column;
+            UNROLL for (int j = 0; j < 4; ++j, at += stride) {
+                x[i][j][0] = x[i][j][1] = 0;
+                if (!inside || first + j >= valid) continue;
+                const int left = EXACT ? 4 : dim - column;
+#if ALIGNED
+                if (left > 0) {
+                    const uint2 words = *reinterpret_cast<const uint2 *>(at);
+                    x[i][j][0] = words.x, x[i][j][1] = words.y;
+                }
+#else
+                UNROLL for (int e = 0; e < 4; ++e)
+                    if (e < left) x[i][j][e / 2] |= u32(at[e]) << 16 * (e % 2);
+#endif
+            }
+        }
+    }
+    DEVICE void store(u32 to) const {
+        each([&](int row, int column, const u32(&words)[4][2]) {
+            UNROLL for (int j = 0; j < 4; ++j) store_shared2(to + offset<DIM>(row + j, column), words[j][0], words[j][1]);
+        });
+    }
+    DEVICE void store_quads(u32 to) const {
+        each([&](int row, int column, const u32(&words)[4][2]) {
+            UNROLL for (int half = 0; half < 2; ++half) {
+                const u32 a = words[0][half], b = words[1][half], c = words[2][half], d = words[3][half];
+                store_shared4(to + quad<DIM>(row, column + 2 * half), low_halves(a, b), low_halves(c, d), high_halves(a, b),
+                              high_halves(c, d));
+            }
+        });
+    }
+    template <typename F> DEVICE void each(F &&f) const {
+        UNROLL for (int i = 0; i < TURNS; ++i) {
+            const int index = int(threadIdx.x) + i * THREADS;
+            if (TOTAL % THREADS != 0 && index >= TOTAL) break;
+            f(index / CHUNKS * 4, index % CHUNKS * 4, x[i]);
+        }
+    }
+    // Of two words with two columns each, one column of both rows.
+    static DEVICE u32 low_halves(u32 a, u32 b) { return (a & 0xffff) | b << 16; }
+    static DEVICE u32 high_halves(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000); }
 };
 #endif

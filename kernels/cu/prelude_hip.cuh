@@ -195,6 +195,7 @@ DEVICE void load_shared4(u32 &x, u32 &y, u32 &z, u32 &w, u32 at) {
 }
 DEVICE void store_shared_16(u32 at, u16 x) { *reinterpret_cast<LDS u16 *>(at) = x; }
 DEVICE void store_shared(u32 at, u32 x) { *reinterpret_cast<LDS u32 *>(at) = x; }
+DEVICE void store_shared2(u32 at, u32 x, u32 y) { *reinterpret_cast<LDS Words2 *>(at) = Words2{x, y}; }
 DEVICE void store_shared4(u32 at, u32 x, u32 y, u32 z, u32 w) {
     *reinterpret_cast<LDS Words4 *>(at) = Words4{x, y, z, w};
 }

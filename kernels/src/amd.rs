@@ -23,11 +23,16 @@ const fn tiled(size: usize, target: Target) -> u32 {
     padded(size, step)
 }
 
+/// Bytes of `rows` rows of 16-bit elements in quads.
+const fn quad_bytes(rows: u32, dim: u32) -> u32 {
+    rows * dim * 2
+}
+
 /// As [`Specialization::forward`].
 pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
     let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
     let bytes = |[waves, m_tiles, keys, held]: [u32; 4]| {
-        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + tile_bytes(keys, dv));
+        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + quad_bytes(keys, dv));
         if held == 1 { q.max(block) } else { q + block }
     };
     // Waves, query tiles a wave, keys of a block, whether Q is held in registers.
@@ -65,19 +70,25 @@ pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: 
 /// As [`Specialization::backward`].
 pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
     let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
-    let dq = !spec.deterministic;
+    let (dq, held) = (!spec.deterministic, target.family == Family::Cdna);
     let bytes = |[key_waves, _, k_tiles, queries]: [u32; 4]| {
         let keys = 16 * k_tiles * key_waves;
         let pair = |rows| tile_bytes(rows, d) + tile_bytes(rows, dv);
-        pair(keys) + pair(queries) + if dq { tile_bytes(queries, keys) } else { 0 } + 8 * queries
+        let others = pair(queries) + if dq { tile_bytes(queries, keys) } else { 0 } + 8 * queries;
+        if !held {
+            return pair(keys) + others;
+        }
+        let k = if dq { quad_bytes(keys, d) } else { 0 };
+        (k + quad_bytes(queries, d + dv) + others).max(tile_bytes(keys, d.max(dv)))
     };
     // Waves along the keys, waves that share keys, key tiles a wave, queries of a block.
     let tiles: &[[u32; 4]] = match (target.family, d.max(dv)) {
         (Family::Rdna, ..=64) => &[[8, 1, 1, 32]],
         (Family::Rdna, ..=128) => &[[4, 2, 1, 32], [4, 1, 1, 32], [4, 1, 1, 16]],
         (Family::Rdna, _) => &[[2, 4, 1, 16], [2, 2, 1, 16], [2, 1, 1, 16]],
-        (_, ..=64) => &[[4, 1, 2, 64], [4, 1, 1, 64]],
-        (_, ..=128) => &[[4, 1, 1, 32], [4, 1, 1, 16]],
+        (_, ..=64) => &[[4, 1, 2, 32]],
+        (_, ..=128) if spec.dropout.is_some() => &[[4, 1, 1, 32], [4, 1, 1, 16]],
+        (_, ..=128) => &[[4, 1, 2, 16], [4, 1, 1, 16]],
         _ => &[[2, 2, 1, 16], [2, 1, 1, 16]],
     };
     let whole = |t: &&[u32; 4]| (d / 16).is_multiple_of(t[1]) && (dv / 16).is_multiple_of(t[1]);
@@ -92,6 +103,7 @@ pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view:
         format!("SPLIT={split}"),
         format!("K_TILES={k_tiles}"),
         format!("BLOCK_M={queries}"),
+        format!("HELD={}", u32::from(held)),
         format!("SHARED_BYTES={}", bytes(tile)),
     ]);
     Ok(Specialization {
@@ -108,9 +120,11 @@ pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view:
 /// As [`Specialization::backward_dq`].
 pub(crate) fn backward_dq(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
     let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
+    let held = target.family == Family::Cdna;
     let bytes = |[waves, keys]: [u32; 2]| {
         let pair = |rows| tile_bytes(rows, d) + tile_bytes(rows, dv);
-        pair(16 * waves) + pair(keys)
+        let (queries, keys) = (pair(16 * waves), pair(keys) + if held { quad_bytes(keys, d) } else { 0 });
+        if held { queries.max(keys) } else { queries + keys }
     };
     let tile = [[4, 64], [4, 32], [4, 16], [2, 16]].into_iter().find(|t| target.fits(bytes(*t), 1));
     let tile = tile.ok_or_else(|| no_tile(backend, spec))?;
@@ -120,6 +134,7 @@ pub(crate) fn backward_dq(backend: &'static str, spec: &Spec, target: Target, vi
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
         format!("WAVES={waves}"),
         format!("BLOCK_N={keys}"),
+        format!("HELD={}", u32::from(held)),
         format!("SHARED_BYTES={}", bytes(tile)),
     ]);
     Ok(Specialization {

@@ -210,7 +210,7 @@ impl Specialization {
             format!("BLOCK_M={}", tile.queries),
             format!("CHUNK_M={}", tile.chunk),
             format!("STAGES={}", tile.stages),
-            format!("DQ_WARPS_M={}", tile.dq_warps_m(d)),
+            format!("DQ_WARPS_M={}", tile.dq_warps_m(d).unwrap_or(1)),
             format!("SIDE_BY_SIDE={}", u32::from(tile.side_by_side)),
             format!("MIN_BLOCKS={}", tile.blocks),
             format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
@@ -431,7 +431,7 @@ fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardT
         65..=128 if is_heavy(spec) => &[[8, 1, 32, 2, 1], [4, 1, 32, 1, 1]],
         ..=64 if plain => &[[4, 2, 64, 2, 2], [4, 2, 64, 1, 2]],
         ..=64 => &[[4, 2, 32, 2, 2], [4, 1, 32, 2, 2]],
-        65..=128 if plain && target.arch < 90 => &[[4, 2, 32, 2, 2], [4, 2, 32, 2, 1]],
+        65..=128 if plain && target.arch != 90 => &[[4, 2, 32, 2, 2], [4, 2, 32, 2, 1]],
         65..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
         65..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
         _ if plain => &[[8, 1, 64, 2, 1], [8, 1, 64, 1, 1], [4, 1, 64, 1, 1], [4, 1, 32, 1, 1]],
@@ -465,13 +465,13 @@ impl BackwardTile {
         pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control
     }
 
-    /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns.
-    fn dq_warps_m(&self, d: u32) -> u32 {
+    /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns. Only tiles without dq have none.
+    fn dq_warps_m(&self, d: u32) -> Option<u32> {
         let warps = self.key_warps * self.split;
         let fits = |m: u32| {
             warps.is_multiple_of(m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
         };
-        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m)).unwrap_or(warps)
+        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m))
     }
 }
 
@@ -528,7 +528,7 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
     let dq = !spec.deterministic;
     let mut fitting =
         tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
-    fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks))
+    fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks) && (!dq || t.dq_warps_m(d).is_some()))
 }
 
 struct DqTile {

@@ -49,6 +49,20 @@ fn every_head_size_has_kernels_that_fit_every_architecture() {
     }
 }
 
+/// What `sm80_attention_backward.cu` asserts of dq when it is compiled.
+#[test]
+fn warps_divide_dq_on_every_architecture() {
+    for (spec, target) in specs().flat_map(|s| targets().into_iter().map(move |t| (s.clone(), t))) {
+        let view = View { aligned: true, mapped: false };
+        let kernel = Specialization::backward("test", &spec, target, view).expect("all head sizes have one");
+        let (Some(along), true) = (number(&kernel, "DQ_WARPS_M"), kernel.adds_dq()) else { continue };
+        let (queries, d) = (number(&kernel, "BLOCK_M").unwrap_or(0), number(&kernel, "HEAD_DIM").unwrap_or(0));
+        let across = kernel.threads / 32 / along;
+        let name = kernel.name();
+        assert!(queries % (16 * along) == 0 && d % (16 * across) == 0 && across > 0, "{target:?}: {name}");
+    }
+}
+
 #[test]
 fn keys_differ_where_defines_do_and_names_are_readable() {
     let of = |spec: &Spec| {

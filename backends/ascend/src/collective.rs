@@ -58,7 +58,7 @@ impl AscendCollective {
         let mut root = Box::new(HcclRootInfo { internal: [0; ROOT] });
         // SAFETY: the pointer is valid for the write.
         check_hccl("HcclGetRootInfo", unsafe { (context.api.hccl.HcclGetRootInfo)(&mut *root) })?;
-        let place = Board::open(Reach::Host).map_err(|e| Error::Unavailable {
+        let place = Board::open(Reach::of_job()).map_err(|e| Error::Unavailable {
             library: "the progress board".into(),
             why: format!("no socket could be opened: {e}"),
             how_to_get_it: "set LONGSPAN_ADDRESS to an address of this host that all ranks reach".into(),

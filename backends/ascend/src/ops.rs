@@ -161,11 +161,15 @@ impl<'a> Ops<'a> {
     with_number! {
         /// `out = a & number`.
         bitand = aclnnBitwiseAndScalarGetWorkspaceSize, aclnnBitwiseAndScalar, i64;
-        /// `out = a == number`.
+        /// `out = a < number`.
+        below = aclnnLtScalarGetWorkspaceSize, aclnnLtScalar, f32;
+        /// `out = a == number`, integers.
         eq = aclnnEqScalarGetWorkspaceSize, aclnnEqScalar, i64;
+        /// `out = a == number`.
+        equals = aclnnEqScalarGetWorkspaceSize, aclnnEqScalar, f32;
         /// `out = floor(a / number)`.
         floor_div = aclnnFloorDividesGetWorkspaceSize, aclnnFloorDivides, i64;
-        /// `out = a < number`.
+        /// `out = a < number`, integers.
         less = aclnnLtScalarGetWorkspaceSize, aclnnLtScalar, i64;
         /// `out = a * number`.
         scale = aclnnMulsGetWorkspaceSize, aclnnMuls, f32;

@@ -21,6 +21,8 @@ use crate::memory::{AscendBuffer, Meter, Pinned};
 const WORKSPACE: usize = 1 << 20;
 /// The scratch that a stream starts with, for calls that bring none.
 const TEMPORARY: usize = 4 << 20;
+/// Device bytes of a stream, unless an operator wants more.
+pub(crate) const HELD: usize = WORKSPACE + TEMPORARY;
 /// How long the end of a device may wait for one stream.
 const END: Duration = Duration::from_secs(10);
 

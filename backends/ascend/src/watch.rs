@@ -103,6 +103,7 @@ impl Watch {
         for round in rounds {
             if round.started.is_none() && round.before.is_complete().unwrap_or(false) {
                 round.started = Some(Instant::now());
+                self.member.began(round.number);
             }
             let late = round.started.is_some_and(|s| s.elapsed() > self.member.limit);
             if late && !std::mem::replace(&mut round.reported, true) {

@@ -30,7 +30,7 @@ impl<V: Vendor> Backend for GpuBackend<V> {
 
     fn group_id() -> Result<GroupId> {
         V::machine().driver()?;
-        Ok(new_id(V::NAME))
+        new_id()
     }
 
     fn join(device: &GpuDevice, id: &GroupId, rank: u32, size: u32, limit: Duration) -> Result<GpuCollective> {

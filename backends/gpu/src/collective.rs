@@ -1,20 +1,25 @@
-//! The communicator: ranks are threads of this process, on devices of their own or on shared ones.
+//! The communicator: ranks are threads of one process or processes, on devices of their own or on shared ones.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, Transport, View};
+use longspan_hal::{Collective, Error, GroupId, P2p, Result, Step, View};
+use longspan_peers::{Fields, Reader, judge, offer};
 
+use crate::abroad::Abroad;
 use crate::device::GpuDevice;
-use crate::exchange::{Draft, GpuExchange};
-use crate::group::Member;
-use crate::matching::{Agreement, Offer};
+use crate::exchange::{Draft, GpuExchange, Part};
+use crate::flags::Numbered;
+use crate::group::{Group, Mail, join, new_id};
+use crate::letters::Letters;
 use crate::memory::Buffer;
 use crate::nccl::Comm;
+use crate::neighbours::{Card, Way, way};
 use crate::peer::{Round, Tag};
 use crate::stream::GpuStream;
 use crate::sync::{Deadline, lock};
+use crate::watch::{By, Watch};
 
 /// One rank's end of a group.
 ///
@@ -22,72 +27,24 @@ use crate::sync::{Deadline, lock};
 #[derive(Debug)]
 pub struct GpuCollective {
     device: GpuDevice,
-    member: Arc<Member>,
-    /// The device of each rank.
-    devices: Vec<u32>,
+    group: Arc<Group>,
     wire: Wire,
+    /// Where devices wait for other processes.
+    watch: Option<Arc<Watch>>,
+    prepared: AtomicU64,
     barriers: AtomicU64,
-    /// Rounds are queued one after the other.
-    order: Mutex<()>,
+    /// Rounds are queued one after the other; this is how many there were.
+    rounds: Mutex<u64>,
 }
 
 /// How messages travel.
 #[derive(Debug)]
 enum Wire {
-    Nccl(Comm),
+    /// Memory for barriers, where ranks are processes.
+    Nccl(Arc<Comm>, Option<Buffer>),
     Peer,
-}
-
-/// What the caller, or else `LONGSPAN_EXCHANGE`, asks for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Wish {
-    /// Peer where all devices reach each other, else NCCL.
-    Auto,
-    Nccl,
-    Peer,
-}
-
-impl Wish {
-    /// What `transport` says, or else the variable.
-    fn new(transport: Option<Transport>) -> Result<Self> {
-        match transport {
-            Some(Transport::Library) => Ok(Self::Nccl),
-            Some(Transport::Peer) => Ok(Self::Peer),
-            Some(_) => Ok(Self::Auto),
-            None => Self::parse(std::env::var("LONGSPAN_EXCHANGE").ok().as_deref()),
-        }
-    }
-
-    fn parse(text: Option<&str>) -> Result<Self> {
-        match text {
-            None | Some("" | "auto") => Ok(Self::Auto),
-            Some("nccl") => Ok(Self::Nccl),
-            Some("peer") => Ok(Self::Peer),
-            Some(other) => Err(Error::invalid("LONGSPAN_EXCHANGE", format!("{other:?} is not auto, nccl or peer"))),
-        }
-    }
-
-    /// How messages travel: `Ok(true)` by peer copies.
-    fn peer(self, devices: &[u32], unreachable: Option<(u32, u32)>) -> Result<bool> {
-        let distinct = {
-            let mut sorted = devices.to_vec();
-            sorted.sort_unstable();
-            sorted.dedup();
-            sorted.len() == devices.len()
-        };
-        match (self, unreachable) {
-            (Self::Auto | Self::Peer, None) => Ok(true),
-            (Self::Peer, Some((a, b))) => {
-                let why = format!("device {a} can't access memory of device {b}; use auto or nccl");
-                Err(Error::invalid("exchange", why))
-            }
-            (Self::Auto | Self::Nccl, _) if distinct => Ok(false),
-            (Self::Auto | Self::Nccl, _) => {
-                let why = format!("NCCL needs a device for each rank, the ranks are on devices {devices:?}");
-                Err(Error::invalid("exchange", why))
-            }
-        }
-    }
+    /// Peer copies into windows of other processes.
+    Abroad(Abroad),
 }
 
 impl GpuCollective {
@@ -96,32 +53,67 @@ impl GpuCollective {
     /// # Errors
     /// [`Error::Timeout`], [`Error::Invalid`], [`Error::Unavailable`].
     pub(crate) fn join(device: &GpuDevice, id: &GroupId, rank: u32, size: u32, limit: Duration) -> Result<Self> {
-        let member = Member::join(&device.context().machine.groups, id, rank, size, limit)?;
-        let (_, agreed) = member.agree("join", Offer::Device(device.context().ordinal))?;
-        let Agreement::Devices(devices) = agreed else {
-            return Err(Error::invalid("group", "the ranks did not tell their devices"));
+        let context = device.context();
+        let member = join(id, rank, size, limit)?;
+        // Held from here on, so that threads of one process find the same.
+        let letters = Letters::of(&id.0, size);
+        let own = Card::own(context);
+        let said = own.as_ref().map_or_else(|_| Fields::default(), Card::fields);
+        let offers = member.agree("join", &said)?;
+        own?;
+        let cards = offers.iter().map(|offer| Card::read(offer)).collect::<Result<Vec<_>>>()?;
+        let _bound = context.bind()?;
+        let (wire, mail) = match way(context, &member, &cards)? {
+            Way::Threads(devices) => {
+                context.enable_peers(&devices)?;
+                (Wire::Peer, Mail::Letters(letters))
+            }
+            Way::Processes(flags, beside) => {
+                let mail = Mail::Flags(Arc::clone(&flags));
+                (Wire::Abroad(Abroad::new(context, flags, beside)), mail)
+            }
+            Way::Nccl { threads: true } => {
+                (Wire::Nccl(Arc::new(Comm::new(context, &member)?), None), Mail::Letters(letters))
+            }
+            Way::Nccl { threads: false } => {
+                // NCCL's own memory is on no account either.
+                let scratch = Buffer::alloc(context, Comm::scratch(size), &Arc::default())?;
+                (Wire::Nccl(Arc::new(Comm::new(context, &member)?), Some(scratch)), Mail::None)
+            }
         };
-        Self::new(device.clone(), member, devices)
+        Self::new(device, Group::new(member, mail), wire)
     }
 
-    fn new(device: GpuDevice, member: Arc<Member>, devices: Vec<u32>) -> Result<Self> {
-        let context = device.context();
-        let wire = if Wish::new(context.machine.transport())?.peer(&devices, context.unreachable(&devices)?)? {
-            context.enable_peers(&devices)?;
-            Wire::Peer
-        } else {
-            Wire::Nccl(Comm::new(context, &member)?)
+    fn new(device: &GpuDevice, group: Group, wire: Wire) -> Result<Self> {
+        let group = Arc::new(group);
+        let by = match (&wire, &group.mail) {
+            (Wire::Nccl(comm, _), Mail::None) => Some(By::Nccl(Arc::clone(comm))),
+            (_, Mail::Flags(flags)) => Some(By::Flags(Arc::clone(flags))),
+            _ => None,
         };
-        Ok(Self { device, member, devices, wire, barriers: AtomicU64::new(0), order: Mutex::new(()) })
+        let watch = by.map(|by| Watch::start(device.context(), &group, by, device.lost())).transpose()?;
+        let (prepared, barriers) = (AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { device: device.clone(), group, wire, watch, prepared, barriers, rounds: Mutex::new(0) })
     }
 
     /// Runs `queue` for a round on `on`. If it fails, this rank is lost to its peers.
-    fn round(&self, on: &GpuStream, tag: Tag, queue: impl FnOnce(&Round<'_>) -> Result<()>) -> Result<()> {
+    fn round(
+        &self,
+        on: &GpuStream,
+        tag: Tag,
+        rounds: &mut u64,
+        queue: impl FnOnce(&Round<'_>) -> Result<()>,
+    ) -> Result<()> {
         let _bound = self.device.context().bind()?;
-        let deadline = Deadline::after(self.member.limit);
-        let result = queue(&Round { member: &self.member, on, tag, deadline });
+        *rounds += 1;
+        let numbered = Numbered { tag, number: *rounds, deadline: Deadline::after(self.group.member.limit) };
+        let round = || queue(&Round { group: &self.group, on, numbered });
+        let result = match &self.watch {
+            Some(watch) => watch.round(on, numbered.number, round),
+            None => round(),
+        };
         if result.is_err() {
-            self.member.abort();
+            self.group.abort();
         }
         result
     }
@@ -132,12 +124,39 @@ impl GpuCollective {
         }
         Err(Error::invalid("stream", format!("it is of device {}", on.context().ordinal)))
     }
+
+    /// Opens the windows of other processes that `draft` sends to, if there are any; all ranks could, or none goes on.
+    fn open(&self, draft: &Draft, offers: &[Vec<u8>]) -> Result<Vec<Vec<Part>>> {
+        let Wire::Abroad(abroad) = &self.wire else { return Ok(Vec::new()) };
+        let _bound = self.device.context().bind()?;
+        let described = offers.iter().map(|offer| {
+            let mut fields = Reader(offer);
+            fields.bytes().and_then(|_| fields.bytes())
+        });
+        let described: Vec<&[u8]> = described
+            .collect::<std::io::Result<_>>()
+            .map_err(|e| Error::invalid("exchange", format!("an offer can't be read: {e}")))?;
+        let opened = abroad.open(self.rank(), draft, &described);
+        // Owners keep their windows until everybody has opened them.
+        let said = opened.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        let all = self.group.agree("open", &Fields(said.into_bytes()))?;
+        let opened = opened?;
+        match all.iter().enumerate().find(|(_, why)| !why.is_empty()) {
+            Some((rank, why)) => {
+                Err(Error::invalid("exchange", format!("rank {rank}: {}", String::from_utf8_lossy(why))))
+            }
+            None => Ok(opened),
+        }
+    }
 }
 
 impl Drop for GpuCollective {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.member.abort();
+            self.group.abort();
+        }
+        if let Some(watch) = &self.watch {
+            watch.end();
         }
     }
 }
@@ -146,25 +165,48 @@ impl Collective<GpuDevice> for GpuCollective {
     type Exchange = GpuExchange;
 
     fn rank(&self) -> u32 {
-        self.member.rank
+        self.group.rank()
     }
 
     fn size(&self) -> u32 {
-        self.member.group.size
+        self.group.size()
     }
 
     fn window(&self, bytes: usize) -> Result<Buffer> {
-        let buffer = self.device.window(bytes, self.member.group.key);
-        let offer = Offer::Window(buffer.as_ref().map(|_| ()).map_err(Error::clone));
-        self.member.agree("window", offer)?;
-        buffer
+        let abroad = match &self.wire {
+            Wire::Abroad(abroad) => Some(abroad.flags()),
+            Wire::Nccl(..) | Wire::Peer => None,
+        };
+        let buffer = self.device.window(bytes, self.group.key, abroad);
+        let mine = match &buffer {
+            Ok(_) => Fields::default(),
+            Err(Error::OutOfMemory { wanted, free }) => Fields::default().bytes(b"").number(*wanted).number(*free),
+            Err(error) => Fields::default().bytes(error.to_string().as_bytes()),
+        };
+        let offers = self.group.agree("window", &mine)?;
+        let buffer = buffer?;
+        let Some((rank, offer)) = offers.iter().enumerate().find(|(_, offer)| !offer.is_empty()) else {
+            return Ok(buffer);
+        };
+        let mut fields = Reader(offer);
+        Err(match (fields.text(), fields.number(), fields.number()) {
+            (Ok(_), Ok(wanted), Ok(free)) => Error::OutOfMemory { wanted, free },
+            (why, ..) => Error::invalid("window", format!("rank {rank}: {}", why.unwrap_or_default())),
+        })
     }
 
     fn prepare(&self, ops: &[P2p<'_, GpuDevice>]) -> Result<GpuExchange> {
-        let draft = Draft::new(&self.device, &self.member, ops, matches!(self.wire, Wire::Nccl(_)));
-        let offer = Offer::Prepare(draft.as_ref().map(Draft::shapes).map_err(Error::clone));
-        let (number, _) = self.member.agree("prepare", offer)?;
-        Ok(GpuExchange::new(self.member.group.key, number, draft?))
+        let draft = Draft::new(&self.device, &self.group, ops, matches!(self.wire, Wire::Nccl(..)));
+        let messages = draft.as_ref().map(Draft::messages).map_err(Error::clone);
+        let described = draft.as_ref().map_or_else(|_| Fields::default(), Abroad::describe);
+        let mine = Fields::default().bytes(&offer(&messages).0).bytes(&described.0);
+        let offers = self.group.agree("prepare", &mine)?;
+        let id = self.prepared.fetch_add(1, Ordering::Relaxed);
+        let messages: Vec<Vec<u8>> = offers.iter().map(|o| Reader(o).bytes().unwrap_or_default().to_vec()).collect();
+        let draft = draft?;
+        judge(&messages)?;
+        let abroad = self.open(&draft, &offers)?;
+        Ok(GpuExchange::new(self.group.key, id, draft, abroad))
     }
 
     fn staging_bytes(&self, exchange: &GpuExchange) -> usize {
@@ -172,72 +214,61 @@ impl Collective<GpuDevice> for GpuCollective {
     }
 
     fn exchange(&self, on: &GpuStream, exchange: &GpuExchange, sends: &[View<'_, GpuDevice>]) -> Result<()> {
-        if exchange.group != self.member.group.key {
+        if exchange.group != self.group.key {
             return Err(Error::invalid("exchange", "it was prepared by another communicator"));
         }
         self.own(on)?;
-        self.member.alive("exchange")?;
-        let _order = lock(&self.order);
+        self.group.alive("exchange")?;
+        let mut rounds = lock(&self.rounds);
         let (round, parts) = exchange.next(sends)?;
         let tag = Tag { call: "exchange", id: exchange.id, round };
-        self.round(on, tag, |round| match &self.wire {
-            Wire::Nccl(comm) => comm.exchange(round, exchange, &parts),
-            Wire::Peer => round.exchange(exchange, &parts),
+        self.round(on, tag, &mut rounds, |round| match &self.wire {
+            Wire::Nccl(comm, _) => comm.exchange(round, exchange, &parts),
+            Wire::Peer | Wire::Abroad(_) => round.exchange(exchange, &parts),
         })
     }
 
     fn subgroup(&self, members: &[u32]) -> Result<Option<Self>> {
-        let (_, agreed) = self.member.agree("subgroup", Offer::Subgroup(members.to_vec()))?;
-        let place = members.iter().position(|&m| m == self.member.rank);
-        let (Agreement::Group(group), Some(place)) = (agreed, place) else { return Ok(None) };
-        let member = Member { group, rank: place as u32, limit: self.member.limit };
-        let devices = members.iter().filter_map(|&m| self.devices.get(m as usize).copied()).collect();
-        Self::new(self.device.clone(), Arc::new(member), devices).map(Some)
+        let place = members.iter().position(|&m| m == self.rank());
+        let id = if place == Some(0) { new_id()?.0 } else { Vec::new() };
+        let list = members.iter().fold(Fields::default(), |f, &m| f.number(u64::from(m)));
+        let offers = self.group.agree("subgroup", &Fields::default().bytes(&list.0).bytes(&id))?;
+        let wrong = |why: String| Err(Error::invalid("members", why));
+        let ascending = members.windows(2).all(|w| w[0] < w[1]);
+        if members.is_empty() || !ascending || members.iter().any(|&m| m >= self.size()) {
+            let size = self.size();
+            return wrong(format!("{members:?} is not an ascending list of at least one of the ranks 0..{size}"));
+        }
+        let mut ids = Vec::new();
+        for (rank, offer) in offers.iter().enumerate() {
+            let mut fields = Reader(offer);
+            match (fields.bytes(), fields.bytes()) {
+                (Ok(theirs), Ok(id)) if theirs == list.0 => ids.push(id),
+                _ => return wrong(format!("rank {rank} names others than rank {}: {members:?}", self.rank())),
+            }
+        }
+        let Some(place) = place else { return Ok(None) };
+        let id = GroupId(ids[members[0] as usize].to_vec());
+        Self::join(&self.device, &id, place as u32, members.len() as u32, self.group.member.limit).map(Some)
     }
 
     fn barrier(&self, on: &GpuStream) -> Result<()> {
         self.own(on)?;
-        self.member.alive("barrier")?;
-        let _order = lock(&self.order);
+        self.group.alive("barrier")?;
+        let mut rounds = lock(&self.rounds);
         let tag = Tag { call: "barrier", id: 0, round: self.barriers.fetch_add(1, Ordering::Relaxed) };
         let others: Vec<u32> = (0..self.size()).filter(|&p| p != self.rank()).collect();
-        self.round(on, tag, |round| round.meet(&others))
+        self.round(on, tag, &mut rounds, |round| match &self.wire {
+            Wire::Nccl(comm, Some(scratch)) => comm.barrier(round, scratch),
+            _ => round.meet(&others),
+        })
     }
 
     fn progress(&self, step: Step) {
-        self.member.group.board.report(self.member.rank, step);
+        self.group.progress(step);
     }
 
     fn abort(&self) {
-        self.member.abort();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_wish_is_auto_nccl_or_peer() {
-        let of = |text| Wish::parse(text).ok();
-        assert_eq!([None, Some(""), Some("auto")].map(of), [Some(Wish::Auto); 3]);
-        assert_eq!([Some("nccl"), Some("peer"), Some("mpi")].map(of), [Some(Wish::Nccl), Some(Wish::Peer), None]);
-    }
-
-    #[test]
-    fn what_the_caller_says_comes_before_the_variable() {
-        let given = [Transport::Auto, Transport::Library, Transport::Peer].map(|t| Wish::new(Some(t)).ok());
-        assert_eq!(given, [Some(Wish::Auto), Some(Wish::Nccl), Some(Wish::Peer)]);
-    }
-
-    #[test]
-    fn auto_takes_peer_where_all_reach_each_other_and_nccl_needs_a_device_for_each_rank() {
-        let far = Some((0, 1));
-        assert_eq!(Wish::Auto.peer(&[0, 0, 1], None), Ok(true));
-        assert_eq!(Wish::Auto.peer(&[0, 1], far), Ok(false));
-        assert_eq!(Wish::Nccl.peer(&[0, 1], None), Ok(false));
-        assert!(Wish::Auto.peer(&[0, 0, 1], far).is_err());
-        assert!(Wish::Nccl.peer(&[0, 0], None).is_err());
-        assert!(Wish::Peer.peer(&[0, 1], far).is_err());
+        self.group.abort();
     }
 }

@@ -10,8 +10,10 @@ use longspan_hal::{Caps, Device, Error, Memory, Priority, Result, Strided, View,
 use crate::context::Context;
 use crate::copy::{self, Form, Job};
 use crate::event::Event;
+use crate::flags::Flags;
 use crate::memory::{Account, Buffer};
 use crate::stream::GpuStream;
+use crate::watch::Lost;
 
 /// One rank's handle of a GPU. Clones are the same handle: one account of memory.
 #[derive(Clone, Debug)]
@@ -19,6 +21,8 @@ pub struct GpuDevice {
     context: &'static Context,
     account: Arc<Account>,
     caps: Arc<Caps>,
+    /// Why results can't be right: a wait for another rank was ended.
+    lost: Lost,
 }
 
 /// Bytes of one piece of a dense copy between host and device: pieces overlap with the host's own copies.
@@ -27,7 +31,7 @@ const PIECE: usize = 8 << 20;
 impl GpuDevice {
     /// A handle of `context`'s device.
     pub(crate) fn new(context: &'static Context) -> Self {
-        Self { context, account: Arc::default(), caps: Arc::new(caps(context)) }
+        Self { context, account: Arc::default(), caps: Arc::new(caps(context)), lost: Lost::default() }
     }
 
     /// Its context.
@@ -35,10 +39,15 @@ impl GpuDevice {
         self.context
     }
 
-    /// Memory that peers of `group` may write.
-    pub(crate) fn window(&self, bytes: usize, group: u64) -> Result<Buffer> {
+    /// Why results can't be right.
+    pub(crate) fn lost(&self) -> &Lost {
+        &self.lost
+    }
+
+    /// Memory that peers of `group` may write; those that are other processes meet by `abroad`.
+    pub(crate) fn window(&self, bytes: usize, group: u64, abroad: Option<&Arc<Flags>>) -> Result<Buffer> {
         let _bound = self.context.bind()?;
-        Buffer::window(self.context, bytes, group, &self.account)
+        Buffer::window(self.context, bytes, group, &self.account, abroad)
     }
 
     /// [`Device::alloc`] where the context is bound.
@@ -192,7 +201,7 @@ impl Device for GpuDevice {
     fn synchronize(&self, on: &GpuStream, limit: Duration) -> Result<()> {
         self.own(on)?;
         let _bound = self.context.bind()?;
-        let result = on.synchronize("synchronize", limit);
+        let result = on.synchronize("synchronize", limit).and_then(|()| self.lost.check());
         self.context.grave.reap(self.context);
         result
     }
@@ -224,12 +233,13 @@ impl Device for GpuDevice {
         let (context, address) = (self.context, from.buffer().address_of(from.at()));
         from.buffer().used_on(on)?;
         if form.is_plain() {
-            return self.download_dense(on, address, to, limit);
+            return self.download_dense(on, address, to, limit).and_then(|()| self.lost.check());
         }
         let mut staged = context.pinned.take(context, to.len())?;
         copy::remote(on, [Job { form, from: address, to: staged.address() }])?;
         staged.until(on.record(false)?);
         on.synchronize("download", limit)?;
+        self.lost.check()?;
         staged.read(to)
     }
 

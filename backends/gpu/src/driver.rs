@@ -4,15 +4,18 @@
 //! Handles (contexts, streams, events, modules, pools) are opaque pointers of the driver's, here [`Handle`]; device memory is
 //! a [`Address`]. Both have the size of a pointer.
 
+mod between;
 mod cuda;
 mod hip;
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::ops::Deref;
+use std::sync::OnceLock;
 
 use longspan_dylib::{Library, Returned, table};
 use longspan_hal::Result;
 
+pub(crate) use between::{Between, MEMORY_HANDLE, MemoryHandle};
 use cuda::Cuda;
 use hip::Hip;
 
@@ -36,6 +39,8 @@ pub enum Flavor {
 pub struct Driver {
     shared: Shared,
     native: Native,
+    flavor: Flavor,
+    between: OnceLock<Result<Between>>,
 }
 
 #[derive(Debug)]
@@ -214,7 +219,16 @@ impl Driver {
             Flavor::Cuda => Native::Cuda(Cuda::load(library, flavor.column())?),
             Flavor::Hip => Native::Hip(Hip::new(library)?),
         };
-        Ok(Self { shared, native })
+        Ok(Self { shared, native, flavor, between: OnceLock::new() })
+    }
+
+    /// What ranks that are processes need, loaded by the first call.
+    ///
+    /// # Errors
+    /// [`longspan_hal::Error::Unavailable`] if this version has less.
+    pub(crate) fn between(&self) -> Result<&Between> {
+        let load = || Between::load(self.shared.library().clone(), self.flavor);
+        self.between.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
     /// The context that all users of a device in this process share; on HIP, which has none, the device's number.

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use longspan_hal::{DType, Device, Error, Extent, P2p, Result, Strided, View};
+use longspan_peers::Message;
 
 use crate::device::GpuDevice;
 use crate::driver::Address;
-use crate::group::Member;
-use crate::matching::Shape;
+use crate::group::Group;
 use crate::memory::Buffer;
 
 /// An exchange that all ranks agreed on.
@@ -16,10 +16,12 @@ use crate::memory::Buffer;
 pub struct GpuExchange {
     /// The group that prepared it.
     pub(crate) group: u64,
-    /// The number of its `prepare` among the group's common calls.
+    /// The number of its `prepare` among the group's.
     pub(crate) id: u64,
     /// This rank's side.
     pub(crate) draft: Draft,
+    /// Where this rank's messages arrive, by rank, in list order; between processes.
+    abroad: Vec<Vec<Part>>,
     round: AtomicU64,
 }
 
@@ -67,7 +69,7 @@ impl Draft {
     /// # Errors
     /// [`Error::Invalid`] for a peer out of range, a receive outside windows, receives that overlap;
     /// [`Error::OutOfMemory`].
-    pub(crate) fn new(device: &GpuDevice, member: &Member, ops: &[P2p<'_, GpuDevice>], packs: bool) -> Result<Self> {
+    pub(crate) fn new(device: &GpuDevice, group: &Group, ops: &[P2p<'_, GpuDevice>], packs: bool) -> Result<Self> {
         let mut draft = Self {
             sends: Vec::new(),
             to: Vec::new(),
@@ -79,13 +81,13 @@ impl Draft {
         };
         for op in ops {
             let (P2p::Recv { from: peer, .. } | P2p::Send { to: peer, .. }) = *op;
-            if peer >= member.group.size {
-                let why = format!("a message with rank {peer} of a group of {}", member.group.size);
+            if peer >= group.size() {
+                let why = format!("a message with rank {peer} of a group of {}", group.size());
                 return Err(Error::invalid("exchange", why));
             }
             match op {
                 P2p::Recv { into, .. } => {
-                    if !into.buffer().is_window_of(member.group.key) {
+                    if !into.buffer().is_window_of(group.key) {
                         let why = format!("the receive from rank {peer} does not lie in a window of this group");
                         return Err(Error::invalid("exchange", why));
                     }
@@ -99,16 +101,16 @@ impl Draft {
             }
         }
         draft.check_overlap()?;
-        draft.stage(device, member.rank, packs)?;
+        draft.stage(device, group.rank(), packs)?;
         Ok(draft)
     }
 
     /// What the peers must agree with.
-    pub(crate) fn shapes(&self) -> Vec<Shape> {
+    pub(crate) fn messages(&self) -> Vec<Message> {
         let sends = self.to.iter().zip(&self.sends);
-        let sends = sends.map(|(&peer, &(dtype, extent))| Shape { peer, send: true, dtype, extent });
-        let recvs = self.from.iter().zip(&self.recvs);
-        let recvs = recvs.map(|(&peer, r)| Shape { peer, send: false, dtype: r.at.dtype(), extent: r.at.extent() });
+        let sends = sends.map(|(&peer, &(dtype, extent))| Message { receives: false, peer, dtype, extent });
+        let recvs = self.from.iter().zip(&self.recvs).map(|(&peer, part)| (peer, part.at));
+        let recvs = recvs.map(|(peer, at)| Message { receives: true, peer, dtype: at.dtype(), extent: at.extent() });
         sends.chain(recvs).collect()
     }
 
@@ -165,9 +167,9 @@ fn slot(staged: bool, bytes: &mut usize, dtype: DType, extent: Extent) -> Result
 }
 
 impl GpuExchange {
-    /// The exchange that the ranks agreed on in their common call `id` of `group`.
-    pub(crate) fn new(group: u64, id: u64, draft: Draft) -> Self {
-        Self { group, id, draft, round: AtomicU64::new(0) }
+    /// The exchange that the ranks agreed on in `prepare` number `id` of `group`; `abroad` between processes.
+    pub(crate) fn new(group: u64, id: u64, draft: Draft, abroad: Vec<Vec<Part>>) -> Self {
+        Self { group, id, draft, abroad, round: AtomicU64::new(0) }
     }
 
     /// Bytes of staging.
@@ -188,6 +190,11 @@ impl GpuExchange {
         }
         let parts = sends.iter().map(|v| Part { buffer: v.buffer().clone(), at: *v.at() }).collect();
         Ok((self.round.fetch_add(1, Ordering::Relaxed), parts))
+    }
+
+    /// Where this rank's messages arrive at `peer`, another process, in list order.
+    pub(crate) fn parts_at(&self, peer: u32) -> &[Part] {
+        self.abroad.get(peer as usize).map_or(&[], Vec::as_slice)
     }
 
     /// Where messages from `peer` arrive, in list order.

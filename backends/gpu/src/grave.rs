@@ -2,16 +2,18 @@
 //!
 //! ```text
 //! bury(what, streams that used it):  note the point after the last use on each stream
-//! reap():                            free everything whose points have all happened
+//! reap():                            free everything whose points have all happened, and that no other process has open
 //! ```
 //!
 //! Nothing waits: reaping happens along with allocations, synchronisations and burials.
 
 use std::any::Any;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use longspan_hal::Result;
 
+use crate::abroad::{Export, Import};
 use crate::context::Context;
 use crate::driver::Address;
 use crate::event::Event;
@@ -20,6 +22,10 @@ use crate::sync::{Deadline, lock};
 
 /// What can be buried.
 pub(crate) enum Remains {
+    /// A window that other processes may have open.
+    Export(Address, Export),
+    /// A window of another process.
+    Import(Address, Import),
     /// Whatever keeps adopted memory alive.
     Owner { _owner: Arc<dyn Any + Send + Sync> },
     /// Pinned host memory.
@@ -29,6 +35,9 @@ pub(crate) enum Remains {
     /// Memory of the pool.
     Pool(Address),
 }
+
+/// How long other processes are waited for that have a window open.
+const OTHERS: Duration = Duration::from_secs(1);
 
 /// Everything that waits to be freed.
 #[derive(Default)]
@@ -43,7 +52,7 @@ impl std::fmt::Debug for Grave {
 impl Grave {
     /// Frees `remains` once `after` have happened. The context is bound.
     pub(crate) fn bury(&self, context: &'static Context, after: Vec<Event>, remains: Remains) {
-        if after.is_empty() {
+        if after.is_empty() && !remains.is_open() {
             return remains.free(context);
         }
         lock(&self.0).push((after, remains));
@@ -58,31 +67,39 @@ impl Grave {
             while i < all.len() {
                 // Where the device failed for good, nothing uses anything any more.
                 all[i].0.retain(|event| matches!(event.happened(), Ok(false)));
-                if all[i].0.is_empty() { free.push(all.swap_remove(i).1) } else { i += 1 }
+                let done = all[i].0.is_empty() && !all[i].1.is_open();
+                if done { free.push(all.swap_remove(i).1) } else { i += 1 }
             }
         }
         // Outside of the lock: an owner's end may bury more.
         free.into_iter().for_each(|remains| remains.free(context));
     }
 
-    /// Waits until everything is free.
+    /// Waits until everything is free; for other processes, not for long.
     ///
     /// # Errors
     /// [`longspan_hal::Error::Timeout`].
     pub(crate) fn wait(&self, context: &'static Context, deadline: Deadline) -> Result<()> {
+        let others = Deadline::after(OTHERS);
         deadline.poll("freeing memory", || {
             self.reap(context);
-            Ok(lock(&self.0).is_empty())
+            Ok(lock(&self.0).iter().all(|(after, _)| after.is_empty() && others.passed()))
         })
     }
 }
 
 impl Remains {
+    /// Whether another process uses it.
+    fn is_open(&self) -> bool {
+        matches!(self, Self::Export(_, export) if export.is_open())
+    }
+
     fn free(self, context: &'static Context) {
         match self {
+            Self::Export(address, _) | Self::Plain(address) => context.plain_free(address),
+            Self::Import(address, import) => import.close(context, address),
             Self::Owner { .. } => {}
             Self::Pinned(block) => context.pinned.put_back(context, block),
-            Self::Plain(address) => context.plain_free(address),
             Self::Pool(address) => context.pool_free(address),
         }
     }

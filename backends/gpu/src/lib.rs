@@ -15,15 +15,18 @@
 //! | `compiler.rs`, `jit.rs`, `cache.rs`, `launch.rs` | kernels: compiled on demand, kept on disk, launched |
 //! | `attention.rs`, `plan.rs` | attention kernels; work lists |
 //! | `collective.rs`, `exchange.rs` | communicator; prepared exchanges |
-//! | `peer.rs`, `nccl.rs` | how messages travel |
+//! | `neighbours.rs`, `peer.rs`, `nccl.rs` | who the ranks are, and how their messages travel |
+//! | `letters.rs` | how ranks meet in a round that are threads |
+//! | `flags.rs`, `region.rs`, `abroad.rs` | the same for processes of one host; windows between them |
+//! | `watch.rs` | ends what a device waits for when a rank is lost |
 //! | `findings.rs`, `gemm.rs` | what there is on this machine, for people; the device's peak |
-//! | `group.rs`, `matching.rs`, `board.rs` | what ranks share: common calls, letters, the progress board |
+//! | `group.rs` | a rank in its group: common calls, what ended it |
 
 pub use longspan_dylib as dylib;
 
+mod abroad;
 mod attention;
 mod backend;
-mod board;
 mod cache;
 mod collective;
 mod compiler;
@@ -34,21 +37,25 @@ mod driver;
 mod event;
 mod exchange;
 mod findings;
+mod flags;
 mod gemm;
 mod grave;
 mod group;
 mod jit;
 mod launch;
+mod letters;
 mod machine;
-mod matching;
 mod memory;
 mod nccl;
+mod neighbours;
 mod peer;
 mod plan;
+mod region;
 mod staging;
 mod stream;
 mod sync;
 mod tensor_map;
+mod watch;
 
 pub use attention::GpuAttention;
 pub use backend::GpuBackend;

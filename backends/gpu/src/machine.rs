@@ -13,7 +13,6 @@ use crate::compiler::Compiler;
 use crate::context::Context;
 use crate::driver::{Driver, Flavor};
 use crate::gemm::{Functions, Products};
-use crate::group::Groups;
 use crate::nccl::Nccl;
 use crate::sync::lock;
 use crate::tensor_map::TensorMaps;
@@ -49,7 +48,6 @@ pub struct Machine {
     transport: Mutex<Option<Transport>>,
     kernels: Mutex<Option<KernelClass>>,
     contexts: Mutex<BTreeMap<u32, &'static Context>>,
-    pub(crate) groups: Groups,
 }
 
 /// What a vendor's machine is, as data.
@@ -162,7 +160,6 @@ impl Machine {
             transport: Mutex::new(None),
             kernels: Mutex::new(None),
             contexts: Mutex::new(BTreeMap::new()),
-            groups: Groups::new(),
         }
     }
 
@@ -358,7 +355,10 @@ impl Machine {
     }
 
     /// The driver's number of device `ordinal`.
-    fn device(&self, driver: &Driver, ordinal: u32) -> Result<i32> {
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub(crate) fn device(&self, driver: &Driver, ordinal: u32) -> Result<i32> {
         let mut device = 0;
         // SAFETY: `device` is written.
         self.check(driver, unsafe { driver.device(&mut device, ordinal as i32) })?;

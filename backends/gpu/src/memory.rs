@@ -1,17 +1,19 @@
-//! Device memory: counted handles of pool memory, windows and adopted memory.
+//! Device memory: counted handles of pool memory, windows (this process's and others') and adopted memory.
 //!
 //! A buffer notes every stream that uses it. When its last handle goes, it is buried behind the work that those streams hold.
 
 use std::any::Any;
 use std::fmt::{Debug, Formatter};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use longspan_hal::{Error, Result, Strided};
 
+use crate::abroad::{Export, Import, PAGE};
 use crate::context::Context;
 use crate::driver::Address;
 use crate::event::Event;
+use crate::flags::Flags;
 use crate::grave::Remains;
 use crate::stream::{Core, GpuStream};
 use crate::sync::lock;
@@ -20,10 +22,13 @@ use crate::sync::lock;
 #[derive(Clone)]
 pub struct Buffer(Arc<Block>);
 
-struct Block {
+/// The memory behind a handle.
+pub(crate) struct Block {
     context: &'static Context,
     address: Address,
     bytes: usize,
+    /// Whether it is another device's, opened by this one.
+    far: bool,
     window: Option<u64>,
     home: Mutex<Option<Home>>,
     used: Mutex<Vec<Arc<Core>>>,
@@ -32,8 +37,10 @@ struct Block {
 enum Home {
     /// Somebody else's.
     Adopted { owner: Option<Arc<dyn Any + Send + Sync>> },
-    /// Plain memory: a window.
-    Plain { account: Arc<Account> },
+    /// A window of another process.
+    Import(Import),
+    /// Plain memory: a window; other processes may open it by what it is exported as.
+    Plain { account: Arc<Account>, export: Option<Export> },
     /// Memory of the pool, from `born` on.
     Pool { account: Arc<Account>, born: Event },
 }
@@ -62,17 +69,60 @@ impl Buffer {
         Ok(Self::new(context, address, bytes, None, Some(Home::Pool { account: Arc::clone(account), born })))
     }
 
-    /// Memory that peers of `group` may write. The context is bound.
+    /// Memory that peers of `group` may write; those that are other processes meet by `abroad`. The context is bound.
     ///
     /// # Errors
     /// As [`Buffer::alloc`].
-    pub(crate) fn window(context: &'static Context, bytes: usize, group: u64, account: &Arc<Account>) -> Result<Self> {
+    pub(crate) fn window(
+        context: &'static Context,
+        bytes: usize,
+        group: u64,
+        account: &Arc<Account>,
+        abroad: Option<&Arc<Flags>>,
+    ) -> Result<Self> {
         if bytes == 0 {
             return Ok(Self::new(context, 0, 0, Some(group), None));
         }
-        let address = context.plain_alloc(bytes)?;
+        let address = context.plain_alloc(if abroad.is_some() { bytes.next_multiple_of(PAGE) } else { bytes })?;
+        let export = abroad.map(|flags| Export::new(context, flags, address)).transpose();
+        let export = export.inspect_err(|_| context.plain_free(address))?;
         account.add(bytes as u64);
-        Ok(Self::new(context, address, bytes, Some(group), Some(Home::Plain { account: Arc::clone(account) })))
+        let home = Home::Plain { account: Arc::clone(account), export };
+        Ok(Self::new(context, address, bytes, Some(group), Some(home)))
+    }
+
+    /// A window of another process, which is open at `address`; `far` if it is another device's.
+    pub(crate) fn import(context: &'static Context, address: Address, bytes: usize, far: bool, import: Import) -> Self {
+        let home = Mutex::new(Some(Home::Import(import)));
+        Self(Arc::new(Block { context, address, bytes, far, window: None, home, used: Mutex::default() }))
+    }
+
+    /// No memory.
+    pub(crate) fn nothing(context: &'static Context) -> Self {
+        Self::new(context, 0, 0, None, None)
+    }
+
+    /// Another handle of a block.
+    pub(crate) fn again(block: Arc<Block>) -> Self {
+        Self(block)
+    }
+
+    /// Its block, which this does not keep.
+    pub(crate) fn weak(&self) -> Weak<Block> {
+        Arc::downgrade(&self.0)
+    }
+
+    /// Applies `of` to what other processes open it by, if they may.
+    pub(crate) fn with_export<T>(&self, of: impl FnOnce(&Export) -> T) -> Option<T> {
+        match &*lock(&self.0.home) {
+            Some(Home::Plain { export: Some(export), .. }) => Some(of(export)),
+            _ => None,
+        }
+    }
+
+    /// Whether it is memory of `context`'s own device.
+    pub(crate) fn is_near(&self, context: &'static Context) -> bool {
+        !self.0.far && std::ptr::eq(self.0.context, context)
     }
 
     /// Somebody else's memory. The context is bound.
@@ -102,7 +152,8 @@ impl Buffer {
     }
 
     fn new(context: &'static Context, address: Address, bytes: usize, window: Option<u64>, home: Option<Home>) -> Self {
-        let block = Block { context, address, bytes, window, home: Mutex::new(home), used: Mutex::default() };
+        let home = Mutex::new(home);
+        let block = Block { context, address, bytes, far: false, window, home, used: Mutex::default() };
         Self(Arc::new(block))
     }
 
@@ -126,11 +177,6 @@ impl Buffer {
     /// Address of the first element of `at`.
     pub(crate) fn address_of(&self, at: &Strided) -> Address {
         self.0.address + (at.offset() * at.dtype().size()) as Address
-    }
-
-    /// The device that it lies on.
-    pub(crate) fn context(&self) -> &'static Context {
-        self.0.context
     }
 
     /// Whether it is a window of `group`.
@@ -188,9 +234,10 @@ impl Drop for Block {
     fn drop(&mut self) {
         let remains = match lock(&self.home).take() {
             Some(Home::Adopted { owner: Some(owner) }) => Remains::Owner { _owner: owner },
-            Some(Home::Plain { account }) => {
+            Some(Home::Import(import)) => Remains::Import(self.address, import),
+            Some(Home::Plain { account, export }) => {
                 account.remove(self.bytes as u64);
-                Remains::Plain(self.address)
+                export.map_or(Remains::Plain(self.address), |export| Remains::Export(self.address, export))
             }
             Some(Home::Pool { account, .. }) => {
                 account.remove(self.bytes as u64);

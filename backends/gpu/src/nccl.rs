@@ -2,29 +2,35 @@
 //!
 //! ```text
 //! exchange(on):
-//!   meet every peer of the round on the host: NCCL's kernel waits for its peers on the device, where nobody could end it
+//!   meet every peer of the round on the host, where ranks are threads: NCCL's kernel waits for its peers on the device
 //!   pack strided sends into the staging; copy what I send to myself
 //!   group { send and receive every message, in list order }
 //!   unpack strided receives
 //! ```
 //!
+//! Between processes the kernels wait for each other, and the watch (`watch.rs`) aborts the communicator when a rank is lost.
+//!
 //! RCCL exports the same symbols.
 
 use std::ffi::{OsString, c_char, c_int};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use longspan_dylib::{Library, Returned, table};
 use longspan_hal::{Error, Result};
+use longspan_peers::{Fields, Member, Reader};
 
 use crate::context::Context;
 use crate::copy::{self, Job};
 use crate::driver::Handle;
 use crate::exchange::{GpuExchange, Part};
-use crate::group::Member;
+use crate::group::Mail;
 use crate::machine::{Machine, c_text};
-use crate::matching::{Agreement, Offer};
+use crate::memory::Buffer;
 use crate::peer::Round;
+use crate::sync::{Deadline, lock};
 
 const ID_BYTES: usize = 128;
 
@@ -118,13 +124,18 @@ pub(crate) struct Comm {
     machine: &'static Machine,
     nccl: &'static Nccl,
     raw: Handle,
+    /// Held during calls.
+    calls: Mutex<()>,
+    aborted: AtomicBool,
 }
+
+/// How long a call of the library is waited for before the communicator is aborted under it.
+const CALL: Duration = Duration::from_secs(5);
 
 impl Drop for Comm {
     fn drop(&mut self) {
         // Aborting needs no peer, unlike `ncclCommDestroy`; what was queued before is done or of no use to anyone.
-        // SAFETY: the communicator is this handle's, and is ended once.
-        let _ = unsafe { self.nccl.0.abort(self.raw) };
+        self.abort();
     }
 }
 
@@ -141,17 +152,38 @@ impl Comm {
                 // SAFETY: `id` is written.
                 nccl.check(name, unsafe { nccl.0.unique_id(&mut id) })?;
             }
-            Ok((member.rank == 0).then(|| id.0.to_vec()))
+            Ok(id)
         });
-        let (_, agreed) = member.agree("nccl", Offer::Bytes(mine))?;
-        let nccl = machine.nccl()?;
-        let id = match agreed {
-            Agreement::Bytes(bytes) => bytes.try_into().map(UniqueId).ok(),
-            _ => None,
+        let said = match &mine {
+            Ok(id) => Fields::default().bytes(&id.0),
+            Err(error) => Fields::default().bytes(&[]).bytes(error.to_string().as_bytes()),
         };
-        let id = id.ok_or_else(|| Error::invalid("group", "rank 0 brought no NCCL id"))?;
-        let raw = join(context, nccl, member, id)?;
-        Ok(Self { machine, nccl, raw })
+        let offers = member.agree("nccl", &said)?;
+        let nccl = mine.and_then(|_| machine.nccl())?;
+        let raw = join(context, nccl, member, unique_id(&offers)?)?;
+        Ok(Self { machine, nccl, raw, calls: Mutex::new(()), aborted: AtomicBool::new(false) })
+    }
+
+    /// Ends what the communicator does on the device, from any thread.
+    pub(crate) fn abort(&self) {
+        // A call that hangs is what this is to end; any other is over soon.
+        let mut call = None;
+        let _ = Deadline::after(CALL).poll("ncclCommAbort", || {
+            call = self.calls.try_lock().ok();
+            Ok(call.is_some())
+        });
+        if !self.aborted.swap(true, Ordering::AcqRel) {
+            // SAFETY: the communicator is this handle's, and is ended once; later calls see that it was.
+            let _ = unsafe { self.nccl.0.abort(self.raw) };
+        }
+    }
+
+    /// Checks that the communicator lives. Calls hold `calls`.
+    fn lives(&self) -> Result<()> {
+        if self.aborted.load(Ordering::Acquire) {
+            return Err(Error::invalid("exchange", "the communicator was ended"));
+        }
+        Ok(())
     }
 
     fn check(&self, returned: Returned<c_int>) -> Result<()> {
@@ -163,10 +195,12 @@ impl Comm {
     /// # Errors
     /// [`Error::PeerLost`], [`Error::Driver`].
     pub(crate) fn exchange(&self, round: &Round<'_>, exchange: &GpuExchange, sends: &[Part]) -> Result<()> {
-        let (draft, me, on) = (&exchange.draft, round.member.rank, round.on);
+        let (draft, me, on) = (&exchange.draft, round.group.rank(), round.on);
         self.healthy()?;
-        let partner = |p: &u32| *p != me && (draft.to.contains(p) || draft.from.contains(p));
-        round.meet(&(0..round.member.group.size).filter(partner).collect::<Vec<_>>())?;
+        if let Mail::Letters(_) = round.group.mail {
+            let partner = |p: &u32| *p != me && (draft.to.contains(p) || draft.from.contains(p));
+            round.meet(&(0..round.group.size()).filter(partner).collect::<Vec<_>>())?;
+        }
         for part in draft.recvs.iter().chain(sends) {
             part.buffer.used_on(on)?;
         }
@@ -186,22 +220,34 @@ impl Comm {
     }
 
     fn travel(&self, round: &Round<'_>, exchange: &GpuExchange, packed: &[Part]) -> Result<()> {
-        let (draft, me, stream) = (&exchange.draft, round.member.rank, round.on.raw());
+        let (draft, me) = (&exchange.draft, round.group.rank());
+        let sends = draft.to.iter().zip(packed).map(|(&to, part)| (to, part.clone()));
+        let received = |i: usize| draft.staged(draft.staged_recvs[i]).unwrap_or_else(|| draft.recvs[i].clone());
+        let recvs = draft.from.iter().enumerate().map(|(i, &from)| (from, received(i)));
+        let place = |(peer, part): (u32, Part)| (peer, part.place().0, part.at.bytes());
+        let others = |m: &(u32, u64, usize)| m.0 != me && m.2 > 0;
+        self.group(round, sends.map(place).filter(others), recvs.map(place).filter(others))
+    }
+
+    /// Queues sends and receives as one group: the other rank, address and bytes. The memory stays alive until the work ran.
+    fn group(
+        &self,
+        round: &Round<'_>,
+        sends: impl Iterator<Item = (u32, u64, usize)>,
+        recvs: impl Iterator<Item = (u32, u64, usize)>,
+    ) -> Result<()> {
+        let stream = round.on.raw();
+        let _call = lock(&self.calls);
+        self.lives()?;
         // SAFETY: no pointers.
         self.check(unsafe { self.nccl.0.group_start() })?;
         let mut result = Ok(());
-        for (&to, part) in draft.to.iter().zip(packed).filter(|(to, part)| **to != me && !part.at.is_empty()) {
-            let (at, bytes) = (part.place().0, part.at.bytes());
-            // SAFETY: the part is dense, was checked against its buffer, and stays alive until the work ran.
+        for (to, at, bytes) in sends {
+            // SAFETY: the message is dense, was checked against its buffer, and stays alive until the work ran.
             let sent = unsafe { self.nccl.0.send(at, bytes, BYTES, to as c_int, self.raw, stream) };
             result = result.and_then(|()| self.check(sent));
         }
-        for (i, &from) in draft.from.iter().enumerate().filter(|(_, from)| **from != me) {
-            let part = draft.staged(draft.staged_recvs[i]).unwrap_or_else(|| draft.recvs[i].clone());
-            if part.at.is_empty() {
-                continue;
-            }
-            let (at, bytes) = (part.place().0, part.at.bytes());
+        for (from, at, bytes) in recvs {
             // SAFETY: as above.
             let received = unsafe { self.nccl.0.recv(at, bytes, BYTES, from as c_int, self.raw, stream) };
             result = result.and_then(|()| self.check(received));
@@ -211,8 +257,37 @@ impl Comm {
         result.and_then(|()| self.check(ended))
     }
 
+    /// Queues a barrier of ranks that have no letters: a byte from each to each; `scratch` has [`Comm::scratch`] bytes.
+    ///
+    /// # Errors
+    /// As [`Comm::exchange`].
+    pub(crate) fn barrier(&self, round: &Round<'_>, scratch: &Buffer) -> Result<()> {
+        self.healthy()?;
+        scratch.used_on(round.on)?;
+        let (me, n) = (round.group.rank(), round.group.size());
+        let others = move || (0..n).filter(move |p| *p != me);
+        let at = |p: u32| scratch.address() + u64::from(p);
+        self.group(round, others().map(|p| (p, at(n), 1)), others().map(|p| (p, at(p), 1)))
+    }
+
+    /// Bytes that a barrier of `size` ranks needs.
+    pub(crate) fn scratch(size: u32) -> usize {
+        size as usize + 1
+    }
+
     /// What went wrong on the device since.
     fn healthy(&self) -> Result<()> {
+        let _call = lock(&self.calls);
+        self.lives()?;
+        self.async_error()
+    }
+
+    /// Whether something is known to have gone wrong, unless a call is in progress.
+    pub(crate) fn is_sick(&self) -> bool {
+        self.calls.try_lock().is_ok_and(|_call| self.lives().is_ok() && self.async_error().is_err())
+    }
+
+    fn async_error(&self) -> Result<()> {
         let mut code = 0;
         // SAFETY: `code` is written.
         let asked = unsafe { self.nccl.0.async_error(self.raw, &mut code) };
@@ -220,6 +295,22 @@ impl Comm {
         // Code 7: an operation is on its way.
         self.check(Returned { call: asked.call, value: if code == 7 { 0 } else { code } })
     }
+}
+
+/// The id that rank 0 made; every rank has the library.
+fn unique_id(offers: &[Vec<u8>]) -> Result<UniqueId> {
+    let mut first = None;
+    for (rank, offer) in offers.iter().enumerate() {
+        let mut fields = Reader(offer);
+        match fields.bytes().map(<[u8; ID_BYTES]>::try_from) {
+            Ok(Ok(id)) => first = first.or(Some(UniqueId(id))),
+            _ => {
+                let why = fields.text().unwrap_or_else(|e| e.to_string());
+                return Err(Error::invalid("group", format!("rank {rank}: {why}")));
+            }
+        }
+    }
+    first.ok_or_else(|| Error::invalid("group", "rank 0 brought no NCCL id"))
 }
 
 /// Send `i` as it travels: itself if it is dense, else its place in the staging.
@@ -230,7 +321,7 @@ fn dense_send(exchange: &GpuExchange, i: usize, send: &Part) -> Part {
 
 /// Joins on a thread of its own, since NCCL's call does not end when a peer stays away.
 fn join(context: &'static Context, nccl: &'static Nccl, member: &Member, id: UniqueId) -> Result<Handle> {
-    let (rank, size, name) = (member.rank as c_int, member.group.size as c_int, context.machine.facts().name);
+    let (rank, size, name) = (member.rank as c_int, member.size as c_int, context.machine.facts().name);
     let (done, result) = channel();
     let work = move || {
         let joined = context.bind().and_then(|_bound| {
@@ -259,6 +350,16 @@ fn join(context: &'static Context, nccl: &'static Nccl, member: &Member, id: Uni
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_rank_needs_the_library_and_rank_0_makes_the_id() {
+        let id = |byte| Fields::default().bytes(&[byte; ID_BYTES]).0;
+        assert!(matches!(unique_id(&[id(1), id(0)]), Ok(UniqueId(b)) if b[0] == 1));
+        let without = Fields::default().bytes(&[]).bytes(b"no librccl").0;
+        let text = unique_id(&[id(1), without]).expect_err("one has none").to_string();
+        assert!(text.contains("rank 1: no librccl"), "{text}");
+        assert!(unique_id(&[]).is_err() && unique_id(&[vec![1]]).is_err());
+    }
 
     #[test]
     fn versions_read_as_people_write_them() {

@@ -35,10 +35,9 @@ impl Deadline {
         Error::Timeout { call, limit: self.limit }
     }
 
-    /// Waits for `signal` until the deadline at most; may wake without reason.
-    pub(crate) fn wait<'a, T>(&self, signal: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-        let Some(at) = self.at else { return signal.wait(guard).unwrap_or_else(PoisonError::into_inner) };
-        let left = at.saturating_duration_since(Instant::now());
+    /// Waits for `signal`, for `nap` and until the deadline at most; may wake without reason.
+    pub(crate) fn wait<'a, T>(&self, signal: &Condvar, guard: MutexGuard<'a, T>, nap: Duration) -> MutexGuard<'a, T> {
+        let left = self.at.map_or(nap, |at| at.saturating_duration_since(Instant::now()).min(nap));
         signal.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
     }
 

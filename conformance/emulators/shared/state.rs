@@ -131,9 +131,10 @@ pub extern "C" fn longspan_emulator_misuses(print: i32) -> u64 {
     misuses.len() as u64
 }
 
-/// Prints all counters on standard error.
+/// Prints all counters and misuses on standard error.
 pub fn print_counts() {
     for (name, n) in lock(&COUNTS).iter() {
         eprintln!("{name}: {n}");
     }
+    eprintln!("misuses: {}", longspan_emulator_misuses(1));
 }

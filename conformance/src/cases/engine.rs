@@ -10,8 +10,9 @@ use ndarray::Axis;
 use super::Case;
 use super::parallel::{Setup, Whole};
 use super::problem::extent_of;
-use crate::bound::{factor, judge};
-use crate::oracle::{self, Answer};
+use crate::bound::{Judge, judge_sinks};
+use crate::host::Random;
+use crate::oracle::{Answers, What};
 use crate::rank::{Failure, Rank, array, check, check_invalid};
 
 /// The cases of this file for the backend that the facade knows as `name`. The facade starts their ranks, or, with `processes`,
@@ -123,28 +124,18 @@ fn judge_all(setup: &Setup, whole: &Whole, got: [Vec<f32>; 5], dsinks: Option<&[
     let seq = setup.q.seq();
     let spec = setup.problem.spec([seq, seq]);
     let pair = |_: usize, i: usize, j: usize| setup.mask.allows(i, j).then_some((i as i64, j as i64));
-    let mut problem = oracle::Problem::new(&spec, whole.qkv.clone(), &pair);
-    problem.slopes = Some(whole.slopes.clone());
-    problem.sinks = Some(whole.sinks.clone());
-    let incoming = Some(&whole.incoming);
-    let (exact, plain) = (oracle::exact(&problem, incoming), oracle::plain(&problem, incoming, setup.problem.dtype));
-    let fine = oracle::plain(&problem, None, DType::F32);
+    let answers =
+        |whole: &Whole| Answers::new(&whole.problem(setup, &spec, &pair), &whole.incoming, setup.problem.dtype);
+    let again = |draw: u64| answers(&Whole::random(setup, &mut Random::new(draw)));
+    let mut judge = Judge::new(&spec, answers(whole), &again)?;
     let [out, lse, dq, dk, dv] = got;
-    if let Some(dsinks) = dsinks {
-        let out = array(extent_of(&whole.incoming.dout), out.clone())?;
-        crate::bound::judge_sinks(dsinks, &whole.sinks, &out, &exact.lse, &whole.incoming)?;
-    } else {
-        return Err(Failure::wrong("dsinks are missing"));
+    let Some(dsinks) = dsinks else { return Err(Failure::wrong("dsinks are missing")) };
+    let rows = array(extent_of(&whole.incoming.dout), out.clone())?;
+    judge_sinks(dsinks, &whole.sinks, &rows, &judge.answers().exact.lse, &whole.incoming)?;
+    for (what, got) in [(What::Out, out), (What::Lse, lse), (What::Dq, dq), (What::Dk, dk), (What::Dv, dv)] {
+        judge.judge(what, got.into_iter().map(f64::from))?;
     }
-    let (Answer { gradients: Some(e), .. }, Answer { gradients: Some(p), .. }) = (&exact, &plain) else {
-        return Err(Failure::wrong("the oracle was not asked for gradients"));
-    };
-    let (f, wide) = (factor(&spec), |x: Vec<f32>| x.into_iter().map(f64::from));
-    judge("out", wide(out), &exact.out, &plain.out, f)?;
-    judge("lse", wide(lse), &exact.lse, &fine.lse, f)?;
-    judge("dq", wide(dq), &e.dq, &p.dq, f)?;
-    judge("dk", wide(dk), &e.dk, &p.dk, f)?;
-    judge("dv", wide(dv), &e.dv, &p.dv, f).map(drop)
+    Ok(())
 }
 
 /// A forward before a prepare, a backward before a forward, shards of another shape: Invalid, and the engine works on.

@@ -1,13 +1,13 @@
 //! Sequence-parallel problems: sharded, run forward and backward on every rank, unsharded and judged.
 
-use longspan_hal::{Backend, DType, Device, Error, Extent, Extras, Seed, Strided};
+use longspan_hal::{Backend, DType, Device, Error, Extent, Extras, Seed, Spec, Strided};
 use longspan_seqpar::{Gradients, Inputs, Layout, Mask, Mesh, OutputRows, Outputs, Plan, Problem, Trace, Usp, Work};
 use ndarray::{Array3, Array4, Axis, concatenate, s};
 
-use super::problem::{Memory, extent_of, lay};
-use crate::bound::{factor, judge, judge_sinks};
+use super::problem::{Memory, extent_of, lay, report};
+use crate::bound::{Judge, judge_sinks};
 use crate::host::Random;
-use crate::oracle::{self, Incoming};
+use crate::oracle::{self, Answers, Incoming, What};
 use crate::rank::{Failure, Rank, Tensor, array, check};
 
 /// A problem and how it is cut.
@@ -78,6 +78,15 @@ impl Whole {
         let sinks = (0..heads).map(|_| random.normal()).collect();
         let incoming = Incoming { dout, dlse: setup.dlse.then_some(dlse) };
         Self { qkv: [q, k, v], incoming, slopes, sinks, seed: random.bits() }
+    }
+
+    /// The oracle's problem.
+    pub fn problem<'a>(&self, setup: &Setup, spec: &Spec, pair: oracle::Pair<'a>) -> oracle::Problem<'a> {
+        let mut problem = oracle::Problem::new(spec, self.qkv.clone(), pair);
+        problem.slopes = setup.problem.alibi.then(|| self.slopes.clone());
+        problem.sinks = setup.problem.sinks.then(|| self.sinks.clone());
+        problem.dropout = setup.problem.dropout.map(|d| (d, self.seed));
+        problem
     }
 }
 
@@ -349,31 +358,22 @@ fn judge_all<B: Backend>(rank: &mut Rank<B>, setup: &Setup, whole: &Whole, all: 
     let (n, m) = (setup.q.seq(), setup.k.seq());
     let pair =
         |_: usize, i: usize, j: usize| (i >= n || j >= m || setup.mask.allows(i, j)).then_some((i as i64, j as i64));
-    let mut problem = oracle::Problem::new(&spec, whole.qkv.clone(), &pair);
-    problem.slopes = p.alibi.then(|| whole.slopes.clone());
-    problem.sinks = p.sinks.then(|| whole.sinks.clone());
-    problem.dropout = p.dropout.map(|d| (d, whole.seed));
-    let exact = oracle::exact(&problem, Some(&whole.incoming));
-    let plain = oracle::plain(&problem, Some(&whole.incoming), p.dtype);
-    let fine = oracle::plain(&problem, None, DType::F32);
-    let (Some(e), Some(g)) = (&exact.gradients, &plain.gradients) else {
-        return Err(Failure::wrong("the oracle was not asked for gradients"));
-    };
-    let f = factor(&spec);
+    let answers = |whole: &Whole| Answers::new(&whole.problem(setup, &spec, &pair), &whole.incoming, p.dtype);
+    let seed = rank.random().bits();
+    let again = |draw: u64| answers(&Whole::random(setup, &mut Random::new(seed.wrapping_add(draw))));
+    let mut judge = Judge::new(&spec, answers(whole), &again)?;
     let wide = |x: Array4<f32>| x.into_iter().map(f64::from);
     let mut judged = vec![
-        ("out", judge("out", wide(out.clone()), &exact.out, &plain.out, f)?),
-        ("lse", judge("lse", wide(lse), &exact.lse, &fine.lse, f)?),
-        ("dq", judge("dq", wide(dq), &e.dq, &g.dq, f)?),
-        ("dk", judge("dk", wide(dk), &e.dk, &g.dk, f)?),
-        ("dv", judge("dv", wide(dv), &e.dv, &g.dv, f)?),
+        ("out", judge.judge(What::Out, wide(out.clone()))?),
+        ("lse", judge.judge(What::Lse, wide(lse))?),
+        ("dq", judge.judge(What::Dq, wide(dq))?),
+        ("dk", judge.judge(What::Dk, wide(dk))?),
+        ("dv", judge.judge(What::Dv, wide(dv))?),
     ];
-    if let Some(sinks) = &problem.sinks {
-        judged.push(("dsinks", judge_sinks(&dsinks, sinks, &out, &exact.lse, &whole.incoming)?));
+    if p.sinks {
+        let lse = &judge.answers().exact.lse;
+        judged.push(("dsinks", judge_sinks(&dsinks, &whole.sinks, &out, lse, &whole.incoming)?));
     }
-    for (what, judged) in judged {
-        rank.figure(format!("{what} used of bound"), judged.used());
-        rank.figure(format!("{what} max error"), judged.errors.max);
-    }
+    report(rank, judged);
     Ok(())
 }

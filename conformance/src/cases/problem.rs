@@ -6,9 +6,9 @@ use longspan_hal::{
 };
 use ndarray::{Array4, Axis, s};
 
-use crate::bound::{factor, judge, judge_sinks};
+use crate::bound::{Judge, Judged, judge_sinks};
 use crate::host::{Random, random_strided};
-use crate::oracle::{self, Answer, Incoming, Problem};
+use crate::oracle::{self, Answers, Incoming, Problem, What};
 use crate::rank::{Buffer, Failure, Rank, Tensor, check};
 
 /// How tensors lie.
@@ -446,51 +446,51 @@ pub fn run<B: Backend>(rank: &mut Rank<B>, config: &Config) -> Result<(), Failur
     let back = whole.as_ref().map_or(&plans[..], std::slice::from_ref);
     let backed = backward(rank, config, back, &loaded, &outputs, &mut random)?;
 
-    let pair = |b, i, j| grid.of(b, i, j);
-    let problem = values.problem(s, &pair);
-    let exact = oracle::exact(&problem, Some(&values.incoming));
-    let plain = oracle::plain(&problem, Some(&values.incoming), s.dtype);
-    let fine = oracle::plain(&problem, None, DType::F32);
     rank.step("judge", 0);
-    judge_all(rank, s, &values, &outputs, &backed, [&exact, &plain, &fine])
+    judge_all(rank, config, &grid, &values, &outputs, &backed)
 }
 
 fn judge_all<B: Backend>(
     rank: &mut Rank<B>,
-    spec: &Spec,
+    config: &Config,
+    grid: &Grid,
     values: &Values,
     outputs: &Outputs<B>,
     backed: &Backed<B>,
-    [exact, plain, fine]: [&Answer; 3],
 ) -> Result<(), Failure> {
-    let (Some(g), Some(p)) = (&exact.gradients, &plain.gradients) else {
-        return Err(Failure::wrong("the oracle was not asked for gradients"));
-    };
-    let f = factor(spec);
+    let spec = &config.spec;
+    let pair = |b, i, j| grid.of(b, i, j);
+    let answers = |values: &Values| Answers::new(&values.problem(spec, &pair), &values.incoming, spec.dtype);
+    let seed = rank.random().bits();
+    let again = |draw: u64| answers(&Values::random(config, &mut Random::new(seed.wrapping_add(draw))));
+    let mut judge = Judge::new(spec, answers(values), &again)?;
     let wide = |x: Array4<f32>| x.into_iter().map(f64::from);
     let mut judged = vec![
-        ("out", judge("out", wide(rank.read(&outputs.out)?), &exact.out, &plain.out, f)?),
-        ("lse", judge("lse", wide(rank.read(&outputs.lse)?), &exact.lse, &fine.lse, f)?),
-        ("delta", judge("delta", wide(rank.read(&backed.delta)?), &g.delta, &p.delta, f)?),
+        ("out", judge.judge(What::Out, wide(rank.read(&outputs.out)?))?),
+        ("lse", judge.judge(What::Lse, wide(rank.read(&outputs.lse)?))?),
+        ("delta", judge.judge(What::Delta, wide(rank.read(&backed.delta)?))?),
     ];
-    let triples = [("dq", &g.dq, &p.dq), ("dk", &g.dk, &p.dk), ("dv", &g.dv, &p.dv)];
-    for (i, (what, exact, plain)) in triples.into_iter().enumerate() {
+    for (i, (name, what)) in [("dq", What::Dq), ("dk", What::Dk), ("dv", What::Dv)].into_iter().enumerate() {
         let got = rank.read(&backed.gradients[i])?;
         let got = got.iter().zip(&backed.before[i]).map(|(x, before)| f64::from(*x) - f64::from(*before));
-        judged.push((what, judge(what, got, exact, plain, f)?));
+        judged.push((name, judge.judge(what, got)?));
     }
     if spec.sinks {
         rank.check_around("dsinks", &backed.dsinks)?;
         let got: Vec<f32> = rank.read(&backed.dsinks)?.into_iter().collect();
-        let sinks = &values.sinks[spec.head_first..];
-        let judged_sinks = judge_sinks(&got, sinks, &rank.read(&outputs.out)?, &exact.lse, &values.incoming)?;
-        judged.push(("dsinks", judged_sinks));
+        let (sinks, lse) = (&values.sinks[spec.head_first..], &judge.answers().exact.lse);
+        judged.push(("dsinks", judge_sinks(&got, sinks, &rank.read(&outputs.out)?, lse, &values.incoming)?));
     }
+    report(rank, judged);
+    Ok(())
+}
+
+/// Notes how much of its bound each tensor used.
+pub fn report<B: Backend>(rank: &mut Rank<B>, judged: Vec<(&str, Judged)>) {
     for (what, judged) in judged {
         rank.figure(format!("{what} used of bound"), judged.used());
         rank.figure(format!("{what} max error"), judged.errors.max);
     }
-    Ok(())
 }
 
 /// Checks a refusal: an [`Error::Unsupported`] that names the option, and [`Attention::plan`] refuses as well.

@@ -20,7 +20,7 @@
 pub mod philox;
 
 use longspan_hal::{DType, Spec};
-use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, NdFloat, s};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, ArrayViewD, NdFloat, s};
 
 use crate::host;
 
@@ -123,6 +123,76 @@ pub struct Gradients {
     pub dsinks: Option<Array1<f64>>,
     /// `rowsum(dout * out) - dlse`, `[batch, q_rows, heads]`.
     pub delta: Array3<f64>,
+}
+
+/// Everything that one draw of values is judged by.
+#[derive(Clone, Debug)]
+pub struct Answers {
+    /// In f64.
+    pub exact: Answer,
+    /// Plain in the I/O dtype.
+    pub plain: Answer,
+    /// Plain in f32, which the log-sum has whatever the I/O dtype is; without gradients.
+    pub fine: Answer,
+}
+
+impl Answers {
+    /// The answers to `problem` in `dtype`.
+    pub fn new(problem: &Problem, incoming: &Incoming, dtype: DType) -> Self {
+        Self {
+            exact: exact(problem, Some(incoming)),
+            plain: plain(problem, Some(incoming), dtype),
+            fine: plain(problem, None, DType::F32),
+        }
+    }
+
+    /// The exact and the plain values of a tensor.
+    pub fn of(&self, what: What) -> Option<[ArrayViewD<'_, f64>; 2]> {
+        let (exact, plain) = (self.exact.gradients.as_ref()?, self.plain.gradients.as_ref()?);
+        Some(match what {
+            What::Delta => [exact.delta.view().into_dyn(), plain.delta.view().into_dyn()],
+            What::Dk => [exact.dk.view().into_dyn(), plain.dk.view().into_dyn()],
+            What::Dq => [exact.dq.view().into_dyn(), plain.dq.view().into_dyn()],
+            What::Dv => [exact.dv.view().into_dyn(), plain.dv.view().into_dyn()],
+            What::Lse => [self.exact.lse.view().into_dyn(), self.fine.lse.view().into_dyn()],
+            What::Out => [self.exact.out.view().into_dyn(), self.plain.out.view().into_dyn()],
+        })
+    }
+}
+
+/// A tensor that is judged by the error rule.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum What {
+    /// `rowsum(dout * out) - dlse`.
+    Delta,
+    /// Gradient of the keys.
+    Dk,
+    /// Gradient of the queries.
+    Dq,
+    /// Gradient of the values.
+    Dv,
+    /// The log-sum.
+    Lse,
+    /// The output.
+    Out,
+}
+
+impl What {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Delta, Self::Dk, Self::Dq, Self::Dv, Self::Lse, Self::Out];
+}
+
+impl std::fmt::Display for What {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Delta => "delta",
+            Self::Dk => "dk",
+            Self::Dq => "dq",
+            Self::Dv => "dv",
+            Self::Lse => "lse",
+            Self::Out => "out",
+        })
+    }
 }
 
 /// The answer in f64.

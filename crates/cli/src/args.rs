@@ -231,6 +231,9 @@ pub struct BenchShape {
     /// Vary S: from an eighth of the largest --seq by doubling; U, R: 1, 2, 4, ... up to --ulysses, --ring
     #[arg(long, value_enum, ignore_case = true, value_delimiter = ',', value_name = "S,U,R")]
     pub sweep: Vec<Sweep>,
+    /// Cut N ranks in every way: all U x R = N
+    #[arg(long, value_name = "N", value_parser = count(), conflicts_with_all = ["ulysses", "ring"])]
+    pub ranks: Option<u32>,
     /// Batch rows
     #[arg(long, default_value_t = 1, value_name = "B", value_parser = count())]
     pub batch: u32,

@@ -28,7 +28,7 @@ const MAY: [(&str, &[&str]); 17] = [
     ("longspan-cpu", &["longspan-hal"]),
     ("longspan-cuda", &["longspan-gpu", "longspan-hal", "longspan-kernels"]),
     ("longspan-dylib", &["longspan-hal"]),
-    ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels"]),
+    ("longspan-gpu", &["longspan-dylib", "longspan-hal", "longspan-kernels", "longspan-peers"]),
     ("longspan-hal", &[]),
     ("longspan-kernels", &["longspan-hal"]),
     ("longspan-mpi", &["longspan-cpu", "longspan-hal", "longspan-peers"]),
@@ -71,7 +71,7 @@ fn dependencies_go_in_the_right_direction() {
 /// Tests may use backends and the suite, but nothing above themselves.
 fn dev_only(name: &str, on: &str) -> bool {
     match on {
-        "longspan" => ["longspan-conformance", "longspan-cuda", "longspan-mpi"].contains(&name),
+        "longspan" => ["longspan-ascend", "longspan-conformance", "longspan-cuda", "longspan-mpi"].contains(&name),
         "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
         "longspan-ascend-emulator" | "longspan-seqpar" => name == "longspan-ascend",
         "longspan-rocm-emulator" => name == "longspan-rocm",

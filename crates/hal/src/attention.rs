@@ -50,6 +50,12 @@ pub trait Attention<D: Device>: Debug + Send + Sync + 'static {
         0
     }
 
+    /// Device bytes that the backend holds beside plans and scratch: constants of the kernels, and workspaces of `streams`
+    /// streams.
+    fn held_bytes(&self, _streams: usize) -> usize {
+        0
+    }
+
     /// Names of the kernels that a forward (or backward) with `plan` runs, for reports; none where they have no names.
     fn kernels(&self, _plan: &Self::Plan, _backward: bool) -> Vec<String> {
         Vec::new()

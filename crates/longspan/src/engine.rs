@@ -16,6 +16,9 @@ use longspan_seqpar::{
 use crate::Tensor;
 use crate::resident::{Pass, Resident};
 
+/// Time for a group to name who is missing.
+const NAMING: Duration = Duration::from_secs(2);
+
 /// Inputs that options bring; each is given exactly where the problem has the option.
 #[derive(Clone, Debug, Default)]
 pub struct Extra {
@@ -190,6 +193,7 @@ pub trait Engine: Debug {
 #[derive(Debug)]
 pub(crate) struct EngineOf<B: Backend> {
     pub(crate) member: Member<B>,
+    /// Of waits of the host.
     pub(crate) limit: Duration,
     pub(crate) stream: <B::Device as Device>::Stream,
     pub(crate) usp: Option<Usp<B>>,
@@ -255,12 +259,14 @@ impl<D: Device> Kept<D> {
 }
 
 impl<B: Backend> EngineOf<B> {
-    /// An engine for `member`, whose host-side waits end after `limit`.
+    /// An engine for `member`, whose group waits for a peer for `limit`.
+    ///
+    /// The host waits for more than twice that: work before an exchange, then the peer, whom the group names.
     pub fn new(member: Member<B>, limit: Duration) -> Result<Self> {
         let stream = member.device.stream(Priority::Normal)?;
         Ok(Self {
             member,
-            limit,
+            limit: limit.saturating_mul(2).saturating_add(NAMING),
             stream,
             usp: None,
             kept: None,

@@ -73,6 +73,7 @@ impl Processes {
             return Err(Error::invalid("backend", why));
         }
         let reach = if told.local_size == told.size { Reach::Host } else { Reach::Network };
+        reach.set_for_job();
         let place = if told.rank == 0 { place_bytes(open(reach).map_err(no_board)) } else { Vec::new() };
         let place = told.broadcast(place)?;
         let mut fields = Reader(&place);

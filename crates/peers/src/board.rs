@@ -4,8 +4,9 @@
 //! JOIN word, rank, size, who  -> JOINED to all when the last came; CAME n to who asks with WAITING
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
-//! STEP                        noted
-//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the first rank that is not there yet
+//! STEP, BEGAN                 noted
+//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the rank that is furthest behind
+//! BROKEN what, why            -> the same to all: a rank saw that another does something else
 //! BYE rounds                  the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
 //! ROUND rounds                the answer to TELL: how many exchanges it queued, and again at every one from then on
@@ -40,6 +41,7 @@ pub(crate) mod kind {
     pub const WAITING: u8 = 8;
     pub const GATHER: u8 = 9;
     pub const BYE: u8 = 10;
+    pub const BEGAN: u8 = 11;
     pub const JOINED: u8 = 20;
     pub const VERDICT: u8 = 21;
     pub const LOST: u8 = 22;
@@ -88,8 +90,8 @@ struct Server {
     over: bool,
     /// Whether ranks tell of their rounds.
     told: bool,
-    /// The round that does not end, and who is waited for if all have queued it.
-    stuck: Option<(u64, u64)>,
+    /// Who is stuck, in which round, and who is waited for if all have queued it.
+    stuck: Option<(u64, u64, u64)>,
     tell: Option<Tell>,
 }
 
@@ -100,6 +102,8 @@ struct Rank {
     step: Step,
     /// Exchanges that it queued, as far as it said.
     rounds: Option<u64>,
+    /// Exchanges that its device came to; 0 where the backend does not say.
+    began: u64,
     gone: bool,
 }
 
@@ -235,7 +239,7 @@ fn join(socket: &mut TcpStream, server: &Mutex<Server>) -> Result<u64> {
     }
     server.size = size;
     let writer = socket.try_clone()?;
-    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: None, gone: false });
+    server.ranks.insert(rank, Rank { writer, who, step: Step::default(), rounds: None, began: 0, gone: false });
     if server.ranks.len() as u64 == size {
         server.tell_all(kind::JOINED, &Fields::default());
     }
@@ -259,6 +263,10 @@ impl Server {
                 self.need_rounds();
                 self.judge(false);
             }
+            kind::BEGAN => {
+                let round = fields.number()?;
+                self.ranks.entry(rank).and_modify(|r| r.began = round);
+            }
             kind::ABORT => {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
@@ -274,9 +282,13 @@ impl Server {
             kind::STUCK_ROUND => {
                 let (queued, round, suspect) = (fields.number()?, fields.number()?, fields.number()?);
                 self.count(rank, queued);
-                self.stuck.get_or_insert((round, suspect));
+                self.stuck.get_or_insert((rank, round, suspect));
                 self.ask();
                 self.judge(false);
+            }
+            kind::BROKEN => {
+                let (what, why) = (fields.bytes()?, fields.bytes()?);
+                self.end(&Fields::default().bytes(what).bytes(why));
             }
             kind::WAITING => {
                 let came = self.ranks.values().filter(|r| !r.gone).count() as u64;
@@ -297,8 +309,7 @@ impl Server {
                  the same order",
                 call.name
             );
-            self.over = true;
-            return self.tell_all(kind::BROKEN, &Fields::default().bytes(why.as_bytes()));
+            return self.end(&Fields::default().bytes(b"collective call").bytes(why.as_bytes()));
         }
         call.offers.insert(rank, offer);
         if call.offers.len() as u64 == size {
@@ -312,6 +323,13 @@ impl Server {
             return;
         }
         self.need_calls();
+    }
+
+    /// The ranks do not do the same; `fields` say what and why.
+    fn end(&mut self, fields: &Fields) {
+        if !std::mem::replace(&mut self.over, true) {
+            self.tell_all(kind::BROKEN, fields);
+        }
     }
 
     /// A rank that left is lost as soon as an open call misses it.
@@ -335,14 +353,20 @@ impl Server {
         }
     }
 
-    /// Who is lost of those that are in the way of a round: the first that did not queue it, otherwise the one that is waited
-    /// for, as far as that is known. Not before all answered, but for the `last` time.
+    /// Who is lost of those that are in the way of a round. Not before all answered, but for the `last` time.
     fn judge(&mut self, last: bool) {
-        let Some((round, suspect)) = self.stuck else { return };
+        let Some((rank, round, suspect)) = self.stuck else { return };
         if last || self.ranks.values().all(|r| r.gone || r.rounds.is_some()) {
-            let behind = |r: &u64| self.ranks.get(r).is_none_or(|r| r.rounds < Some(round));
-            self.lose((0..self.size).find(behind).unwrap_or(suspect));
+            self.lose(self.behind(rank, round).unwrap_or(suspect));
         }
+    }
+
+    /// Who keeps `rank` waiting in `round`: the first that did not queue it; or whose device is furthest from it, if they say.
+    fn behind(&self, rank: u64, round: u64) -> Option<u64> {
+        let queued = (0..self.size).find(|r| self.ranks.get(r).is_none_or(|r| r.rounds < Some(round)));
+        let began = |r: u64| self.ranks.get(&r).map_or(0, |r| r.began);
+        let last = (0..self.size).min_by_key(|r| began(*r)).filter(|r| began(*r) < began(rank));
+        queued.or(last)
     }
 
     /// A rank that left is lost as soon as another queues a round that it did not.

@@ -11,7 +11,7 @@ use longspan_hal::{Error, Result, Step};
 use crate::board::kind;
 use crate::lock;
 use crate::place::Place;
-use crate::wire::{Fields, Reader, read, write};
+use crate::wire::{Fields, Reader, intern, read, write};
 
 /// How long the board may take to answer beyond a wait's own limit.
 const GRACE: Duration = Duration::from_secs(2);
@@ -171,12 +171,33 @@ impl Member {
         }
     }
 
-    /// Says that round `round` does not end, and which rank this one waits for if all have queued it. The answer is a
-    /// fault, which ends the group.
+    /// Reports that this rank's device came to round `round`, if the backend can see that.
+    pub fn began(&self, round: u64) {
+        self.shared.send(kind::BEGAN, &Fields::default().number(round));
+    }
+
+    /// Says that round `round` does not end, and which rank this one waits for if all have queued it; round 0 if rounds are
+    /// not reported. The answer is a fault, which ends the group.
     pub fn stuck(&self, round: u64, suspect: u32) {
         let queued = lock(&self.shared.state).rounds;
         let fields = Fields::default().number(queued).number(round).number(u64::from(suspect));
         self.shared.send(kind::STUCK_ROUND, &fields);
+    }
+
+    /// Ends the group, since the ranks do not do the same: all get [`Error::Invalid`] about `what`.
+    pub fn refuse(&self, what: &'static str, why: &str) -> Error {
+        let error = Error::invalid(what, why);
+        self.shared.fail(Fault::Broken(error.clone()));
+        self.shared.send(kind::BROKEN, &Fields::default().bytes(what.as_bytes()).bytes(why.as_bytes()));
+        error
+    }
+
+    /// Leaves the group in order, before this is dropped.
+    pub fn leave(&self) {
+        let rounds = lock(&self.shared.state).rounds;
+        self.shared.send(kind::BYE, &Fields::default().number(rounds));
+        // The board reads what was sent before the end.
+        let _ = lock(&self.shared.socket).shutdown(Shutdown::Write);
     }
 
     /// Waits for the fault that ends the group, for `call`; a [`Error::Timeout`] if none comes soon.
@@ -204,10 +225,7 @@ impl Drop for Member {
         if std::thread::panicking() {
             self.abort();
         }
-        let rounds = lock(&self.shared.state).rounds;
-        self.shared.send(kind::BYE, &Fields::default().number(rounds));
-        // The board reads what was sent before the end.
-        let _ = lock(&self.shared.socket).shutdown(Shutdown::Write);
+        self.leave();
     }
 }
 
@@ -230,8 +248,8 @@ impl Shared {
     fn hear(&self, kind: u8, fields: &mut Reader<'_>) -> std::io::Result<()> {
         match kind {
             kind::BROKEN => {
-                let why = fields.text()?;
-                self.fail(Fault::Broken(Error::invalid("collective call", why)));
+                let (what, why) = (intern(&fields.text()?), fields.text()?);
+                self.fail(Fault::Broken(Error::invalid(what, why)));
             }
             kind::REFUSED => {
                 let why = fields.text()?;

@@ -2,6 +2,7 @@
 
 use std::io::{Error, Result};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::wire::{Fields, Reader};
@@ -19,6 +20,21 @@ pub enum Reach {
     Host,
     /// Ranks of other hosts too. `LONGSPAN_ADDRESS` names the address to use, otherwise all of this host are tried.
     Network,
+}
+
+/// Whether this process is one of a job over several hosts.
+static NETWORK: AtomicBool = AtomicBool::new(false);
+
+impl Reach {
+    /// Who has to reach the boards of this process's groups.
+    pub fn of_job() -> Self {
+        if NETWORK.load(Ordering::Relaxed) { Self::Network } else { Self::Host }
+    }
+
+    /// Says who has to reach the boards of groups that this process makes later.
+    pub fn set_for_job(self) {
+        NETWORK.store(self == Self::Network, Ordering::Relaxed);
+    }
 }
 
 /// Where a board is.

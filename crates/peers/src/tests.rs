@@ -117,6 +117,20 @@ fn a_round_that_does_not_end_names_who_is_behind_or_who_is_waited_for() {
 }
 
 #[test]
+fn a_round_that_all_queued_names_whose_device_is_furthest_behind() {
+    let errors = on_ranks(4, LIMIT, |me| {
+        me.queued(9);
+        me.began([5, 5, 3, 6][me.rank as usize]);
+        me.agree("queued", &Fields::default()).expect("all come");
+        if me.rank == 3 {
+            me.stuck(6, 3);
+        }
+        me.wait_for_fault("exchange")
+    });
+    assert!(errors.iter().all(|e| matches!(e, Error::PeerLost { rank: 2, .. })), "{errors:?}");
+}
+
+#[test]
 fn a_rank_that_left_is_lost_to_those_who_queue_more_than_it_did() {
     // Before the board hears that it left, and after.
     for wait in [0, 50] {
@@ -147,6 +161,27 @@ fn a_rank_that_does_not_answer_is_lost_where_one_is_stuck() {
     me.queued(1);
     me.stuck(1, 0);
     assert!(matches!(me.wait_for_fault("exchange"), Error::PeerLost { rank: 1, .. }));
+}
+
+#[test]
+fn a_rank_that_sees_others_do_something_else_ends_the_group_for_all() {
+    let errors = on_ranks(3, LIMIT, |me| match me.rank {
+        1 => me.refuse("round", "rank 0 runs another"),
+        _ => me.wait_for_fault("exchange"),
+    });
+    assert!(errors.iter().all(|e| *e == Error::invalid("round", "rank 0 runs another")), "{errors:?}");
+}
+
+#[test]
+fn who_leaves_in_order_is_lost_to_those_who_still_need_it() {
+    let errors = on_ranks(2, LIMIT, |me| match me.rank {
+        1 => {
+            me.leave();
+            None
+        }
+        _ => me.agree("prepare", &Fields::default()).err(),
+    });
+    assert!(matches!(errors[0], Some(Error::PeerLost { rank: 1, .. })), "{errors:?}");
 }
 
 #[test]

@@ -85,9 +85,9 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A step's name that lives as long as the process. The names of an algorithm's phases are few; a peer that invents more than
+/// A step's (or an error's) name that lives as long as the process. The names of an algorithm's phases are few; a peer that invents more than
 /// fits gets a general one.
-fn intern(text: &str) -> &'static str {
+pub(crate) fn intern(text: &str) -> &'static str {
     static NAMES: LazyLock<Mutex<BTreeSet<&'static str>>> = LazyLock::new(Mutex::default);
     let mut names = lock(&NAMES);
     if let Some(name) = names.get(text) {

@@ -86,6 +86,9 @@ pub struct Gradients<'a, D: Device> {
     pub dsinks: Option<ViewMut<'a, D>>,
 }
 
+/// The caller's stream and that of transfers.
+const STREAMS: usize = 2;
+
 /// One rank's attention, ready to run any number of times (all layers of a model share it).
 #[derive(Debug)]
 pub struct Usp<B: Backend> {
@@ -133,6 +136,7 @@ impl<B: Backend> Usp<B> {
         let forward = Pass::prepare(forward, member, &workspace)?;
         let backward = backward.map(|b| Pass::prepare(b, member, &workspace)).transpose()?;
         bytes.buffer += scratch_bytes + list_bytes;
+        bytes.held = member.attention.held_bytes(STREAMS);
         bytes.staging = forward.staging(member) + backward.as_ref().map_or(0, |b| b.staging(member));
         Ok(Self { plan, workspace, scratch, bytes, transfer, kernels, forward, backward })
     }
@@ -142,7 +146,8 @@ impl<B: Backend> Usp<B> {
         &self.plan
     }
 
-    /// Bytes of device memory that this holds beside the caller's tensors: exact, and all that it will ever take.
+    /// Bytes of device memory that this and its kernels hold beside the caller's tensors: exact, and all that they will ever
+    /// take.
     pub fn workspace(&self) -> Bytes {
         self.bytes
     }

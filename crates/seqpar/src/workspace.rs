@@ -21,17 +21,24 @@ pub struct Bytes {
     pub buffer: usize,
     /// Staging that the collective holds for packing.
     pub staging: usize,
+    /// What the backend holds for its kernels, and for the streams that run them: the caller's and that of transfers.
+    pub held: usize,
 }
 
 impl Bytes {
     /// All of it.
     pub const fn total(&self) -> usize {
-        self.window + self.buffer + self.staging
+        self.window + self.buffer + self.staging + self.held
     }
 
     /// Bytes of the window and the buffer where forward and backward share them.
     pub(crate) fn shared(a: Self, b: Self) -> Self {
-        Self { window: a.window.max(b.window), buffer: a.buffer.max(b.buffer), staging: a.staging.max(b.staging) }
+        Self {
+            window: a.window.max(b.window),
+            buffer: a.buffer.max(b.buffer),
+            staging: a.staging.max(b.staging),
+            held: a.held.max(b.held),
+        }
     }
 }
 

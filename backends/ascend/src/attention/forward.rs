@@ -7,7 +7,7 @@
 //!     for each slice of the rows, for each tile of its keys:
 //!         S = scale Q K^T;  softcap;  ALiBi;  -inf outside the band
 //!         m' = max(m, max S);  x = max(m', lowest);  P = exp(S - x);  beta = exp(m - x)
-//!         l = beta l + sum P;  P = keep / (1 - p) P;  acc = beta acc + P V;  m = m'
+//!         l = beta l + sum P;  P = keep / (1 - p) P;  acc = beta acc + P V (finite.rs);  m = m'
 //!     store the partial, or with sinks m' = max(m, sink), l = exp(m - m') l + exp(sink - m'), acc = exp(m - m') acc, and
 //!     out = acc / max(l, tiny),  lse = m + ln l
 //! ```
@@ -101,10 +101,12 @@ impl Work<'_> {
             self.drop(&s, &dropped)?;
         }
         let ([kv, rows], dv) = (tile.batched(), self.spec.head_dim_v);
+        let infinities = if tile.is_cut() { Some(self.split_values(tile)?) } else { None };
         let product = self.slots.product.of(&[kv, rows, dv]);
         ops.matmul(&s.reshaped(&[kv, rows, n]), &self.slots.v.of(&[kv, n, dv]), &product)?;
         ops.mul(&state.acc, &beta, &state.acc)?;
-        ops.add(&state.acc, &product.reshaped(&[heads, m, dv]), &state.acc)
+        ops.add(&state.acc, &product.reshaped(&[heads, m, dv]), &state.acc)?;
+        infinities.map_or(Ok(()), |bad| self.add_infinities(tile, &bad, &state.acc))
     }
 
     fn end(&self, unit: &Unit, tile: &RowTile, state: &State, args: &Forward<'_, AscendDevice>) -> Result<()> {

@@ -6,6 +6,7 @@
 
 mod backward;
 mod constants;
+mod finite;
 mod forward;
 mod fused;
 mod philox;
@@ -133,6 +134,10 @@ impl Attention<AscendDevice> for AscendAttention {
             Planned::Basic(plan) => plan.scratch_bytes(),
             Planned::Fused(plan) => plan.scratch_bytes(),
         }
+    }
+
+    fn held_bytes(&self, streams: usize) -> usize {
+        self.constants.buffer().bytes() + streams * crate::stream::HELD
     }
 
     fn kernels(&self, plan: &AscendPlan, backward: bool) -> Vec<String> {

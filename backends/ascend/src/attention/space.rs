@@ -70,6 +70,8 @@ pub(super) struct Slots {
     pub grad_v: Slot,
     /// `[heads, rows, keys]` each: logits, and two more.
     pub s: [Slot; 3],
+    /// `[kv, keys, head_dim_v]`: which values are not finite.
+    pub flags: Slot,
     /// `[heads, rows, 1]` each.
     pub row: [Slot; 5],
     /// `[rows, keys]`: distances.
@@ -119,6 +121,7 @@ impl Slots {
             grad: space.real(wider),
             grad_v: space.real(kv * keys * dv),
             s: std::array::from_fn(|_| space.real(logits)),
+            flags: space.take(kv * keys * dv, aclDataType::ACL_BOOL),
             row: std::array::from_fn(|_| space.real(heads * rows)),
             distance: space.real(rows * keys),
             line: space.real(rows),

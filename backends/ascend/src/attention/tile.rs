@@ -47,6 +47,12 @@ impl Tile<'_> {
         (self.slice.lo + i - j, self.slice.hi + i - j)
     }
 
+    /// Whether some row does not see some key.
+    pub fn is_cut(&self) -> bool {
+        let ([_, m, n], (lo, hi)) = (self.logits(), self.band());
+        hi < n as i64 - 1 || lo > 1 - m as i64
+    }
+
     /// First row and key, counted from the slice's.
     fn first(&self) -> (i64, i64) {
         let s = self.slice;

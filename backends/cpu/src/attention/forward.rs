@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use longspan_hal::Slice;
 
-use super::pack::{Scratch, Tensor, each, padded, panels};
+use super::pack::{Ahead, Scratch, Tensor, each, padded};
 use super::philox::{Dropout, Row};
 use super::plan::{Band, Plan, RowTile, Unit};
 use super::simd::{Bias, Kernels, Order, Tile, Update, VEC, any_non_finite};
@@ -105,29 +105,31 @@ impl Forward {
     fn task(&self, tile: &RowTile, unit: &Unit, scratch: &mut Scratch) {
         let (spec, ld) = (&self.plan.spec, self.strides());
         let count = unit.heads.len() * tile.rows.len().div_ceil(BLOCK);
-        debug_assert!(count <= TASK_BLOCKS.max(unit.heads.len()));
+        debug_assert!(count <= TASK_BLOCKS);
         let lengths = [
             count * BLOCK * ld.q,
             count * BLOCK * ld.v,
             count * BLOCK,
             count * BLOCK,
-            FORWARD_KEYS * ld.q,
+            self.kernels.nr * ld.q,
             self.kernels.panels(FORWARD_KEYS) * spec.head_dim,
             FORWARD_KEYS * ld.v,
-            BLOCK * ld.s,
-            BLOCK,
+            self.kernels.mr * ld.s,
+            self.kernels.mr,
             ld.s,
         ];
         let [q, acc, m, l, rows, k, v, s, beta, keep] = scratch.parts(lengths);
         let mut blocks = self.blocks(tile, unit, ld, [q, acc, m, l]);
         for slice in &self.plan.slices[tile.slices.clone()] {
             let seen = Band::new(slice, &tile.rows, &(0..spec.k_rows), 0).all();
-            for from in seen.clone().step_by(FORWARD_KEYS) {
+            let skipped = (seen.start - slice.k.start as usize) / FORWARD_KEYS * FORWARD_KEYS;
+            for from in (slice.k.start as usize + skipped..seen.end).step_by(FORWARD_KEYS) {
                 let keys = from..(from + FORWARD_KEYS).min(seen.end);
                 self.pack(tile.batch, unit.kv_head, &keys, ld, [rows, k, v]);
+                let mut ahead = self.ahead(tile.batch, unit.kv_head, keys.end..seen.end, blocks.len());
                 let keys = Keys { slice, rows: keys, k: &*k, v: &*v };
                 for block in &mut blocks {
-                    self.attend(tile.batch, block, &keys, ld, [s, beta, keep]);
+                    self.attend(tile.batch, block, &keys, &mut ahead, ld, [s, beta, keep]);
                 }
             }
         }
@@ -175,50 +177,86 @@ impl Forward {
         }
     }
 
+    /// Packs K into panels, through `rows`, and V.
     fn pack(&self, batch: usize, kv_head: usize, keys: &Range<usize>, ld: Strides, to: [&mut [f32]; 3]) {
         let [rows, k, v] = to;
-        let at = [batch, keys.start, kv_head];
-        self.k.pack(self.kernels, at, keys.len(), rows, ld.q);
-        panels(self.kernels, rows, ld.q, [keys.len(), self.plan.spec.head_dim], k);
-        self.v.pack(self.kernels, at, keys.len(), v, ld.v);
+        let (d, nr) = (self.plan.spec.head_dim, self.kernels.nr);
+        for (from, panel) in keys.clone().step_by(nr).zip(k.chunks_exact_mut(d * nr)) {
+            let many = (keys.end - from).min(nr);
+            self.k.pack(self.kernels, [batch, from, kv_head], many, rows, ld.q);
+            self.kernels.transpose(rows, ld.q, [many, d], panel, nr);
+        }
+        self.v.pack(self.kernels, [batch, keys.start, kv_head], keys.len(), v, ld.v);
     }
 
-    /// Updates a block with the keys of a tile.
-    fn attend(&self, batch: usize, block: &mut Block<'_>, keys: &Keys<'_>, ld: Strides, to: [&mut [f32]; 3]) {
+    /// The tile of keys behind, of which `rest` are left, hinted at while `blocks` blocks compute their scores.
+    fn ahead(&self, batch: usize, kv_head: usize, rest: Range<usize>, blocks: usize) -> Ahead<2> {
+        let steps = blocks * (BLOCK / self.kernels.mr) * (FORWARD_KEYS / self.kernels.nr);
+        let rows = rest.start..(rest.start + FORWARD_KEYS).min(rest.end);
+        Ahead::new([self.k, self.v], [batch, kv_head], rows, steps)
+    }
+
+    /// Updates a block with the keys of a tile, a register tile's rows at a time: their logits stay in the first cache.
+    fn attend(
+        &self,
+        batch: usize,
+        block: &mut Block<'_>,
+        keys: &Keys<'_>,
+        ahead: &mut Ahead<2>,
+        ld: Strides,
+        to: [&mut [f32]; 3],
+    ) {
         let [s, beta, keep] = to;
         let band = Band::new(keys.slice, &block.rows, &keys.rows, keys.rows.start);
         let hull = band.all();
         if hull.is_empty() {
             return;
         }
-        let (groups, mr, n) = (whole(&band.rows_of(&hull), self.kernels.mr), self.kernels.mr, block.rows.len());
-        self.scores(block, keys, &band, &hull, s, ld);
-        for r in groups.start..groups.end.min(n) {
-            let group = r / mr * mr;
-            let read = band.hull(&(group..(group + mr).min(n)));
-            beta[r] = self.softmax(batch, block, keys, r, band.cols_of(r), read, &mut s[r * ld.s..][..ld.s], keep);
+        let (mr, n, dv) = (self.kernels.mr, block.rows.len(), self.plan.spec.head_dim_v);
+        let careful = !band.is_even(&(0..n)) && any_non_finite_rows(keys.v, ld.v, [keys.rows.len(), dv]);
+        for first in whole(&band.rows_of(&hull), mr).step_by(mr) {
+            let rows = first..(first + mr).min(n);
+            let cols = band.hull(&rows);
+            if cols.is_empty() {
+                continue;
+            }
+            self.scores(block, keys, first, &cols, ahead, s, ld);
+            for (r, s) in rows.clone().zip(s.chunks_exact_mut(ld.s)) {
+                beta[r - first] = self.softmax(batch, block, keys, r, band.cols_of(r), cols.clone(), s, keep);
+            }
+            if careful && !band.is_even(&rows) {
+                self.values_by_row(block, keys, &band, rows, [s, beta], ld);
+            } else {
+                self.values(block, keys, first, &cols, [s, beta], ld);
+            }
         }
-        self.values(block, keys, &band, groups, [s, beta], ld);
     }
 
-    /// `S = scale Q K^T` where the band goes.
-    fn scores(&self, block: &Block<'_>, keys: &Keys<'_>, band: &Band, hull: &Range<usize>, s: &mut [f32], ld: Strides) {
-        let (d, mr, nr) = (self.plan.spec.head_dim, self.kernels.mr, self.kernels.nr);
-        for p in whole(hull, nr).step_by(nr) {
-            let rows = band.rows_of(&(p..p + nr));
-            for g in whole(&rows, mr).step_by(mr) {
-                self.kernels.tile(Tile {
-                    k: d,
-                    a: &block.q[g * ld.q..],
-                    lda: ld.q,
-                    order: Order::Rows,
-                    b: &keys.k[p * d..],
-                    ldb: nr,
-                    c: &mut s[g * ld.s + p..],
-                    ldc: ld.s,
-                    update: Update::Store(self.plan.spec.scale),
-                });
-            }
+    /// `S = scale Q K^T` of the rows from `first` on, over the register tiles of `cols`.
+    fn scores(
+        &self,
+        block: &Block<'_>,
+        keys: &Keys<'_>,
+        first: usize,
+        cols: &Range<usize>,
+        ahead: &mut Ahead<2>,
+        s: &mut [f32],
+        ld: Strides,
+    ) {
+        let (d, nr) = (self.plan.spec.head_dim, self.kernels.nr);
+        for p in whole(cols, nr).step_by(nr) {
+            ahead.step();
+            self.kernels.tile(Tile {
+                k: d,
+                a: &block.q[first * ld.q..],
+                lda: ld.q,
+                order: Order::Rows,
+                b: &keys.k[p * d..],
+                ldb: nr,
+                c: &mut s[p..],
+                ldc: ld.s,
+                update: Update::Store(self.plan.spec.scale),
+            });
         }
     }
 
@@ -279,50 +317,48 @@ impl Forward {
         }
     }
 
-    /// `acc = beta acc + P V`.
+    /// `acc = beta acc + P V` of the rows from `first` on.
     fn values(
         &self,
         block: &mut Block<'_>,
         keys: &Keys<'_>,
-        band: &Band,
-        groups: Range<usize>,
-        from: [&mut [f32]; 2],
+        first: usize,
+        cols: &Range<usize>,
+        [s, beta]: [&[f32]; 2],
         ld: Strides,
     ) {
-        let [s, beta] = from;
-        let (mr, nr, n) = (self.kernels.mr, self.kernels.nr, block.rows.len());
-        let dv = self.plan.spec.head_dim_v;
-        let careful = !band.is_even(&(0..n)) && any_non_finite_rows(keys.v, ld.v, [keys.rows.len(), dv]);
-        for p in (0..self.kernels.panels(dv)).step_by(nr) {
-            for g in groups.clone().step_by(mr) {
-                let rows = g..(g + mr).min(n);
-                let cols = band.hull(&rows);
-                if cols.is_empty() || (careful && !band.is_even(&rows)) {
-                    continue;
-                }
-                self.kernels.tile(Tile {
-                    k: cols.len(),
-                    a: &s[g * ld.s + cols.start..],
-                    lda: ld.s,
-                    order: Order::Rows,
-                    b: &keys.v[cols.start * ld.v + p..],
-                    ldb: ld.v,
-                    c: &mut block.acc[g * ld.v + p..],
-                    ldc: ld.v,
-                    update: Update::Scale(&beta[g..]),
-                });
-            }
+        let nr = self.kernels.nr;
+        for p in (0..self.kernels.panels(self.plan.spec.head_dim_v)).step_by(nr) {
+            self.kernels.tile(Tile {
+                k: cols.len(),
+                a: &s[cols.start..],
+                lda: ld.s,
+                order: Order::Rows,
+                b: &keys.v[cols.start * ld.v + p..],
+                ldb: ld.v,
+                c: &mut block.acc[first * ld.v + p..],
+                ldc: ld.v,
+                update: Update::Scale(beta),
+            });
         }
-        if careful {
-            for r in groups.clone().filter(|&r| r < n) {
-                let g = r / mr * mr;
-                if !band.is_even(&(g..(g + mr).min(n))) {
-                    let (cols, acc) = (band.cols_of(r), &mut block.acc[r * ld.v..][..dv]);
-                    acc.iter_mut().for_each(|x| *x *= beta[r]);
-                    for c in cols {
-                        axpy(acc, s[r * ld.s + c], &keys.v[c * ld.v..][..dv]);
-                    }
-                }
+    }
+
+    /// The same over each row's own columns.
+    fn values_by_row(
+        &self,
+        block: &mut Block<'_>,
+        keys: &Keys<'_>,
+        band: &Band,
+        rows: Range<usize>,
+        [s, beta]: [&[f32]; 2],
+        ld: Strides,
+    ) {
+        let dv = self.plan.spec.head_dim_v;
+        for (r, (s, beta)) in rows.zip(s.chunks_exact(ld.s).zip(beta)) {
+            let acc = &mut block.acc[r * ld.v..][..dv];
+            acc.iter_mut().for_each(|x| *x *= beta);
+            for c in band.cols_of(r) {
+                axpy(acc, s[c], &keys.v[c * ld.v..][..dv]);
             }
         }
     }

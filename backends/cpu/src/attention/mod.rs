@@ -9,8 +9,7 @@
 //! | `exp.rs`, `philox.rs` | exp and tanh; dropout masks |
 //! | `simd/` | register tile and row kernels, once per instruction set |
 //!
-//! Results are the same bits for any number of threads, always: tasks follow from the plan alone, and every sum has a fixed
-//! order.
+//! Results are the same bits for any number of threads, always: every sum has an order that follows from the slices alone.
 
 mod backward;
 mod exp;
@@ -43,10 +42,11 @@ use crate::{CpuDevice, CpuStream};
 
 /// Query rows of a block in the forward: a multiple of every register tile's rows.
 pub(crate) const BLOCK: usize = 96;
-/// Blocks of a forward task at most: they share packed keys, and their queries and partials stay in the second cache.
-const TASK_BLOCKS: usize = 3;
-/// Keys of a packed tile in the forward.
-const FORWARD_KEYS: usize = 192;
+/// Blocks of a forward task at most: they share packed keys.
+const TASK_BLOCKS: usize = 12;
+/// Keys of a packed tile in the forward: K and V of a tile stay in the second cache, logits of a register tile's rows in the
+/// first.
+const FORWARD_KEYS: usize = 384;
 /// Keys of a tile in the backward: a multiple of every register tile's rows.
 const KEY_TILE: usize = 192;
 /// Query rows of a block in the backward: as [`BLOCK`].
@@ -114,7 +114,7 @@ impl Attention<CpuDevice> for CpuAttention {
 
     fn plan(&self, _on: &CpuStream, spec: &Spec, slices: &Slices) -> Result<CpuPlan> {
         self.supports(spec)?;
-        Ok(CpuPlan(Arc::new(Plan::new(spec, slices))))
+        Ok(CpuPlan(Arc::new(Plan::new(spec, slices, rayon::current_num_threads()))))
     }
 
     fn scratch_bytes(&self, plan: &CpuPlan) -> usize {

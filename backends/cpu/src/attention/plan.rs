@@ -1,11 +1,14 @@
-//! The work of an attention call, cut into tasks that do not depend on the number of threads.
+//! The work of an attention call, cut into tasks.
 //!
 //! ```text
 //! forward:   for each stretch of query rows (the slices of a stretch have the same rows; gaps are stretches without slices)
-//!                cut it into row tiles of a few blocks            tasks: row tile x unit of heads, longest first
+//!                cut it into row tiles of some blocks             tasks: row tile x unit of heads, longest first
 //! backward:  for each tile of key rows
 //!                the slices that select from it                   tasks: key tile x batch row x KV head
 //! ```
+//!
+//! How many blocks the forward's tasks have follows from the number of threads. What a row becomes does not: rows are independent,
+//! blocks start at the same rows whatever the tile, and tiles of keys where their slice starts.
 
 use std::ops::Range;
 
@@ -13,8 +16,8 @@ use longspan_hal::{Slice, Slices, Spec};
 
 use super::{BLOCK, KEY_TILE, TASK_BLOCKS};
 
-/// Row tiles get smaller until there are this many tasks: some for every core, without packing keys too often.
-const MANY_TASKS: usize = 64;
+/// Tasks of the forward get smaller until there are this many for every thread: enough to balance, and keys are packed rarely.
+const TASKS_OF_A_THREAD: usize = 8;
 
 /// Query rows that share slices.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -53,9 +56,11 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub fn new(spec: &Spec, slices: &Slices) -> Self {
-        let units = units(spec);
-        let row_tiles = row_tiles(spec, slices, &units);
+    /// The tasks for a pool of `threads` threads.
+    pub fn new(spec: &Spec, slices: &Slices, threads: usize) -> Self {
+        let blocks = task_blocks(spec, threads);
+        let units = units(spec, blocks);
+        let row_tiles = row_tiles(spec, slices, &units, blocks);
         let (tile_first, tile_slices) = key_tiles(spec, slices.as_slice());
         Self { spec: spec.clone(), slices: slices.as_slice().to_vec(), row_tiles, units, tile_first, tile_slices }
     }
@@ -79,23 +84,27 @@ pub(super) fn heads_of(spec: &Spec, kv_head: usize) -> Range<usize> {
     local(first)..local(first + spec.group)
 }
 
-fn units(spec: &Spec) -> Vec<Unit> {
+/// Blocks of a forward task.
+fn task_blocks(spec: &Spec, threads: usize) -> usize {
+    let all = spec.batch * spec.heads * spec.q_rows.div_ceil(BLOCK);
+    (all / (threads * TASKS_OF_A_THREAD)).clamp(1, TASK_BLOCKS)
+}
+
+fn units(spec: &Spec, blocks: usize) -> Vec<Unit> {
     let mut units = Vec::new();
     for kv_head in 0..spec.kv_heads {
         let heads = heads_of(spec, kv_head);
         // Near-equal parts.
-        let parts = heads.len().div_ceil(TASK_BLOCKS);
+        let parts = heads.len().div_ceil(blocks);
         let cut = |i: usize| heads.start + heads.len() * i / parts.max(1);
         units.extend((0..parts).map(|i| Unit { kv_head, heads: cut(i)..cut(i + 1) }));
     }
     units
 }
 
-fn row_tiles(spec: &Spec, slices: &Slices, units: &[Unit]) -> Vec<RowTile> {
+fn row_tiles(spec: &Spec, slices: &Slices, units: &[Unit], blocks: usize) -> Vec<RowTile> {
     let widest = units.iter().map(|u| u.heads.len()).max().unwrap_or(1);
-    let most = (TASK_BLOCKS / widest.max(1)).max(1);
-    let tasks = |blocks: usize| spec.batch * spec.q_rows.div_ceil(blocks * BLOCK) * units.len();
-    let rows = BLOCK * (1..=most).rev().find(|&blocks| tasks(blocks) >= MANY_TASKS).unwrap_or(1);
+    let rows = BLOCK * (blocks / widest.max(1)).max(1);
     let mut tiles = Vec::new();
     let (mut batch, mut row, mut at) = (0, 0, 0);
     for group in slices.by_queries() {
@@ -262,7 +271,8 @@ mod tests {
 
         #[test]
         fn row_tiles_cover_every_row_once(
-            list in prop::collection::vec(slice(), 0..6), heads in 1usize..9, group in 1usize..5, batch in 1usize..4
+            list in prop::collection::vec(slice(), 0..6), heads in 1usize..9, group in 1usize..5, batch in 1usize..4,
+            threads in 1usize..9
         ) {
             let spec = Spec::new(DType::F32, batch, [700, 300], [heads, 1], 8).with_head_cut(0, heads, heads, group);
             let moved = list.iter().enumerate().map(|(i, s)| Slice {
@@ -271,7 +281,7 @@ mod tests {
                 ..s.clone()
             });
             let slices = Slices::new(&spec, moved).expect("disjoint query ranges");
-            let plan = Plan::new(&spec, &slices);
+            let plan = Plan::new(&spec, &slices, threads);
             let mut seen = vec![0; batch * 700];
             for t in &plan.row_tiles {
                 for r in t.rows.clone() {

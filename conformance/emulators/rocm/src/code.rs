@@ -10,6 +10,8 @@ pub const MEMORY: i32 = 2;
 pub const DEVICE: i32 = 101;
 /// Code that can't be loaded.
 pub const IMAGE: i32 = 200;
+/// Memory of the process's own, opened as another's.
+pub const CONTEXT: i32 = 201;
 /// A handle that does not live, or of another device.
 pub const HANDLE: i32 = 400;
 /// A name that is not there.
@@ -20,6 +22,10 @@ pub const NOT_READY: i32 = 600;
 pub const EXCEPTION: i32 = 700;
 /// Peer access was enabled before.
 pub const PEER_ENABLED: i32 = 704;
+/// Host memory is registered already.
+pub const REGISTERED: i32 = 712;
+/// Host memory is not registered.
+pub const NOT_REGISTERED: i32 = 713;
 /// A kernel failed.
 pub const LAUNCH: i32 = 719;
 /// A wait on a stream ran out: HIP has no such wait.
@@ -33,11 +39,14 @@ pub fn name(code: i32) -> &'static std::ffi::CStr {
         MEMORY => c"hipErrorOutOfMemory",
         DEVICE => c"hipErrorInvalidDevice",
         IMAGE => c"hipErrorInvalidImage",
+        CONTEXT => c"hipErrorInvalidContext",
         HANDLE => c"hipErrorInvalidHandle",
         NOT_FOUND => c"hipErrorNotFound",
         NOT_READY => c"hipErrorNotReady",
         EXCEPTION => c"hipErrorIllegalAddress",
         PEER_ENABLED => c"hipErrorPeerAccessAlreadyEnabled",
+        REGISTERED => c"hipErrorHostMemoryAlreadyRegistered",
+        NOT_REGISTERED => c"hipErrorHostMemoryNotRegistered",
         LAUNCH => c"hipErrorLaunchFailure",
         _ => c"hipErrorUnknown",
     }

@@ -401,6 +401,10 @@ inline void load_shared4(u32 &x, u32 &y, u32 &z, u32 &w, u32 at) {
 }
 inline void store_shared_16(u32 at, u16 x) { __builtin_memcpy(host::shared(at, 2), &x, 2); }
 inline void store_shared(u32 at, u32 x) { __builtin_memcpy(host::shared(at, 4), &x, 4); }
+inline void store_shared2(u32 at, u32 x, u32 y) {
+    const uint2 words{x, y};
+    __builtin_memcpy(host::shared(at, 8), &words, 8);
+}
 inline void store_shared4(u32 at, u32 x, u32 y, u32 z, u32 w) {
     const uint4 words{x, y, z, w};
     __builtin_memcpy(host::shared(at, 16), &words, 16);

@@ -14,6 +14,8 @@
 //! | the current device is thread-local | a stream of another device is refused |
 //! | allocations and frees of a pool take their turn | memory is poisoned when the stream gets there |
 //! | rendezvous | a send ends when its receive ran; nobody is told of a lost peer |
+//! | memory of another process | opening one's own is refused; so is closing twice, freeing what another has open, using what was freed |
+//! | values that streams wait for | only in registered memory, at the device's address of it; a wait never gives up |
 //!
 //! hipRTC compiles the kernel sources themselves with the host's C++ compiler (`LONGSPAN_EMULATOR_CXX`, else `c++`, `g++`,
 //! `clang++`), after `host.h`: blocks run one after the other, threads as fibers, matrix instructions as the manuals say.
@@ -22,10 +24,12 @@
 //!
 //! Environment: `LONGSPAN_EMULATOR_ARCH` (gfx942), `LONGSPAN_EMULATOR_DEVICES` (8), `LONGSPAN_EMULATOR_MEMORY_MIB` (16384 of
 //! address space a process), `LONGSPAN_EMULATOR_DELAY_US` (100), `LONGSPAN_EMULATOR_SEED` (1), `LONGSPAN_EMULATOR_TIMEOUT_MS`
-//! of communication (30000), `LONGSPAN_EMULATOR_PEERS` (1; 0: no device reaches another's memory).
+//! of communication (30000), `LONGSPAN_EMULATOR_PEERS` (1; 0: no device reaches another's memory), `LONGSPAN_EMULATOR_FIRST_BUS`
+//! (16; where device 0 is plugged in: a process that sees other devices than the rest has another).
 
 #![allow(non_snake_case)] // the vendor's names
 
+mod between;
 mod code;
 mod kernels;
 #[allow(dead_code)] // shared: not all of it is used here
@@ -43,6 +47,7 @@ mod state;
 #[path = "../../shared/stream.rs"]
 mod stream;
 
+pub use between::*;
 pub use kernels::*;
 pub use pools::*;
 pub use rccl::*;

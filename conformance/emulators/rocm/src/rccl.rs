@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use crate::between::bus;
 use crate::link::{DATA, Peer, connect};
 use crate::memory::{Span, span};
 use crate::runtime::{device, stream};
@@ -94,7 +95,7 @@ pub unsafe extern "C" fn ncclCommInitRank(comm: *mut *mut c_void, size: i32, id:
     }
     let end = id.0.iter().position(|b| *b == 0).unwrap_or(id.0.len());
     let name = String::from_utf8_lossy(&id.0[..end]);
-    match connect(&name, rank as u32, size as u32, device()) {
+    match connect(&name, rank as u32, size as u32, bus(device())) {
         Ok(peers) => {
             let (turn, failed, aborted) = (Mutex::default(), AtomicI32::new(0), AtomicBool::new(false));
             let made = COMMS.add(Arc::new(Comm { device: device(), peers, turn, failed, aborted }));

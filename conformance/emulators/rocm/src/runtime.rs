@@ -200,9 +200,18 @@ pub unsafe extern "C" fn hipDeviceCanAccessPeer(can: *mut i32, device: i32, peer
     if known(device).and(known(peer)).is_err() {
         return code::DEVICE;
     }
-    let reach = std::env::var("LONGSPAN_EMULATOR_PEERS").as_deref() != Ok("0");
     // SAFETY: by the caller.
-    unsafe { put(can, i32::from(reach && device != peer)) }
+    unsafe { put(can, i32::from(peers_reach() && device != peer)) }
+}
+
+/// Whether devices reach each other's memory.
+pub(crate) fn peers_reach() -> bool {
+    std::env::var("LONGSPAN_EMULATOR_PEERS").as_deref() != Ok("0")
+}
+
+/// Lets the current device access memory of `owner`.
+pub(crate) fn enable_peer(owner: u32) {
+    lock(&PEERS).insert((device(), owner));
 }
 
 /// `hip_runtime_api.h`.

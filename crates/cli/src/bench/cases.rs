@@ -55,7 +55,6 @@ impl Case {
 /// [`Failure::Input`] for a shape that does not fit itself.
 pub fn list(args: &Bench) -> Result<Vec<Case>> {
     let varies = |what| args.shape.sweep.contains(&what);
-    let sizes = |most: u32, what| if varies(what) { doubling(1, most) } else { vec![most] };
     let lengths: Vec<usize> = match args.shape.seq.iter().max() {
         Some(&most) if varies(Sweep::S) => doubling((most / 8).max(1), most),
         _ => args.shape.seq.clone(),
@@ -63,23 +62,34 @@ pub fn list(args: &Bench) -> Result<Vec<Case>> {
     .into_iter()
     .map(|seq| usize::try_from(seq).map_err(|_| Failure::input("--seq", format!("{seq} is too long for this machine"))))
     .collect::<Result<_>>()?;
+    if args.shape.ranks.is_some() && (varies(Sweep::U) || varies(Sweep::R)) {
+        return Err(Failure::Input("--ranks takes every U and R already: leave them out of --sweep".into()));
+    }
     let problem = problem(args)?;
     let mut cases = Vec::new();
     for &seq in &lengths {
-        for &ulysses in &sizes(args.cut.ulysses, Sweep::U) {
-            for &ring in &sizes(args.cut.ring, Sweep::R) {
-                let mesh = Mesh::new(ulysses, ring, args.cut.placement)?;
-                let layout = job::layout(args.cut.layout, seq, &mesh);
-                let mask = job::mask(&args.cut, None, seq)?;
-                mask.check(seq, seq)?;
-                for packed in [false, true].into_iter().take(if args.packed { 2 } else { 1 }) {
-                    let (problem, layout, mask) = (problem.clone(), layout.clone(), mask.clone());
-                    cases.push(Case { problem, layout, mask, packed });
-                }
+        for (ulysses, ring) in cuts(args) {
+            let mesh = Mesh::new(ulysses, ring, args.cut.placement)?;
+            let layout = job::layout(args.cut.layout, seq, &mesh);
+            let mask = job::mask(&args.cut, None, seq)?;
+            mask.check(seq, seq)?;
+            for packed in [false, true].into_iter().take(if args.packed { 2 } else { 1 }) {
+                let (problem, layout, mask) = (problem.clone(), layout.clone(), mask.clone());
+                cases.push(Case { problem, layout, mask, packed });
             }
         }
     }
     Ok(cases)
+}
+
+/// Ulysses and ring sizes.
+fn cuts(args: &Bench) -> Vec<(u32, u32)> {
+    if let Some(ranks) = args.shape.ranks {
+        return (1..=ranks).filter(|u| ranks.is_multiple_of(*u)).map(|u| (u, ranks / u)).collect();
+    }
+    let sizes = |most, what| if args.shape.sweep.contains(&what) { doubling(1, most) } else { vec![most] };
+    let (ulysses, ring) = (sizes(args.cut.ulysses, Sweep::U), sizes(args.cut.ring, Sweep::R));
+    ulysses.into_iter().flat_map(|u| ring.iter().map(move |r| (u, *r))).collect()
 }
 
 fn problem(args: &Bench) -> Result<Problem> {
@@ -154,6 +164,7 @@ mod tests {
         assert_eq!(shapes("--seq 64,32 --ring 2"), [(64, 1, 2), (32, 1, 2)]);
         assert_eq!(shapes("--seq 64 --sweep S"), [(8, 1, 1), (16, 1, 1), (32, 1, 1), (64, 1, 1)]);
         assert_eq!(shapes("--seq 64 --sweep U,R --ulysses 2 --ring 2").len(), 4);
+        assert_eq!(shapes("--seq 64 --ranks 6"), [(64, 1, 6), (64, 2, 3), (64, 3, 2), (64, 6, 1)]);
         assert_eq!(shapes("--seq 64 --sweep s,u,r --ulysses 4 --ring 3 --packed").len(), 4 * 3 * 3 * 2);
     }
 
@@ -172,9 +183,12 @@ mod tests {
 
     #[test]
     fn shapes_that_do_not_fit_are_refused() {
-        for bad in
-            ["--heads 5 --kv-heads 2", "--packed --head-dim 64 --head-dim-v 32", "--dropout 0.5 --mask prefix:9999"]
-        {
+        for bad in [
+            "--ranks 4 --sweep R",
+            "--heads 5 --kv-heads 2",
+            "--packed --head-dim 64 --head-dim-v 32",
+            "--dropout 0.5 --mask prefix:9999",
+        ] {
             assert!(matches!(cases(bad), Err(Failure::Input(_))) || bad.contains("prefix"), "{bad}");
         }
     }

@@ -84,6 +84,20 @@ proptest! {
     }
 
     #[test]
+    fn any_cut_into_tasks_gives_the_same_bits(
+        lo in -900i64..0, width in 0i64..1500, group in 1usize..4, threads in 1usize..5, skip in 0u32..200, seed: u32
+    ) {
+        let spec = Spec::new(DType::F32, 1, [700, 1100], [3, 1], 16).with_head_cut(0, 3, 3usize.next_multiple_of(group), group);
+        let band = Slice { lo, hi: lo + width, ..Slice::full(0, 100..700, skip..1100) };
+        let x = inputs(&spec, vec![band], u64::from(seed));
+        let run = |threads| load(&x, 0).forward(Kernels::detect(), &[plan_for(&x, threads)]);
+        let few = run(threads);
+        for (a, b) in [(&few.0, &run(64).0), (&few.1, &run(64).1)] {
+            prop_assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
+    }
+
+    #[test]
     fn dropout_does_not_depend_on_the_cut(first in 0usize..4, cut in 1usize..99, seed: u32) {
         // Values that tell keys apart, equal logits: out shows which pairs were kept.
         let spec = Spec::new(DType::F32, 1, [20, 100], [4, 4], 100).with_dropout(Some(0.4));

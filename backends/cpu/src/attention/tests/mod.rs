@@ -54,7 +54,9 @@ fn inputs(spec: &Spec, slices: Vec<Slice>, seed: u64) -> Inputs {
 
 /// Band lists: a few query stretches, each with a few key ranges, with positions near those of the queries.
 fn slices(batch: usize, q_rows: usize, k_rows: usize) -> impl Strategy<Value = Vec<Slice>> {
-    let keys = prop::collection::vec((0u32..40, 0u32..150, band(), 0i64..100, 1i64..6), 1..4);
+    // Long ones have several tiles of keys.
+    let length = prop_oneof![3 => 0u32..150, 1 => 350u32..800];
+    let keys = prop::collection::vec((0u32..40, length, band(), 0i64..100, 1i64..6), 1..4);
     let stretch = (0..batch as u32, 0i64..5000, keys);
     let q_cuts = prop::collection::vec(0..=q_rows as u32, 2..5);
     (prop::collection::vec(stretch, 5), q_cuts).prop_map(move |(stretches, mut cuts)| {
@@ -87,7 +89,8 @@ fn band() -> impl Strategy<Value = (i64, i64)> {
 fn spec() -> impl Strategy<Value = Spec> {
     let dims =
         prop_oneof![Just((64, 64)), (1usize..80, 1usize..80), Just((192, 128)), (1usize..=256).prop_map(|d| (d, d))];
-    let shape = (1usize..3, 1usize..150, 1usize..300, dims, 0usize..3);
+    let keys = prop_oneof![3 => 1usize..300, 1 => 400usize..900];
+    let shape = (1usize..3, 1usize..150, keys, dims, 0usize..3);
     let heads = (0usize..5, 1usize..6, 1usize..5, 0usize..3);
     let options = (
         prop::option::of(2.0f32..30.0),
@@ -129,7 +132,11 @@ fn problem() -> impl Strategy<Value = (Inputs, usize)> {
 }
 
 fn plan(x: &Inputs) -> Arc<Plan> {
-    Arc::new(Plan::new(&x.spec, &Slices::new(&x.spec, x.slices.clone()).expect("valid")))
+    plan_for(x, rayon::current_num_threads())
+}
+
+fn plan_for(x: &Inputs, threads: usize) -> Arc<Plan> {
+    Arc::new(Plan::new(&x.spec, &Slices::new(&x.spec, x.slices.clone()).expect("valid"), threads))
 }
 
 /// Tensors of a problem in memory.
