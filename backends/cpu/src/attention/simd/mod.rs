@@ -262,19 +262,6 @@ fn check(n: usize) {
     debug_assert_eq!(n % VEC, 0, "a row kernel takes whole vectors");
 }
 
-/// Asks for the cache lines of `bytes` bytes from `at` on, into the second cache: a hint, without effect but on time.
-#[inline]
-pub(crate) fn prefetch(at: *const u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..bytes).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: every x86-64 CPU has the instruction, which faults at no address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line).cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (at, bytes);
-}
-
 /// Whether any element is infinite or NaN.
 pub(crate) fn any_non_finite(x: &[f32]) -> bool {
     x.iter().fold(0u32, |worst, v| worst.max(v.to_bits() & 0x7f80_0000)) == 0x7f80_0000
