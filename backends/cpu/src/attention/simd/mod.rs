@@ -46,7 +46,7 @@ pub(crate) trait Simd: Copy {
     /// The larger; `b` if either is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    /// `2^n` of `t = n + 1.5 * 2^23`, for `-126 <= n <= 127`.
+    /// `2^n` of `t = n + 127 + 1.5 * 2^23`, for `-126 <= n <= 127`.
     unsafe fn pow2(t: Self::V) -> Self::V;
     /// `if a < b { x } else { y }`; `y` if either is NaN.
     unsafe fn select_lt(a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
