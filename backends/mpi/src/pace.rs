@@ -2,21 +2,34 @@
 //!
 //! ```text
 //! nothing moved for a short while  -> test again at once: a message of some 10 KiB takes a few microseconds
-//! for a while                      -> yield, unless a yield came back late: then somebody computes on this core
+//! for a while                      -> yield, until yields came back late: then somebody computes on this core
 //! longer                           -> nap, longer and longer
 //! a test that moved data           -> from the start: large messages come in pieces
 //! ```
 //!
 //! Who tests without a nap takes a core. Where every process has one, nobody misses it: attention that wants it shows in the
-//! first late yield. Where processes share cores, the naps begin nearly at once.
+//! first late yield, and naps then let the exchange go on beside it. Where processes share cores, a late yield is a good wait:
+//! whoever computes keeps the core for its turn, while a nap's end takes it away. So some more of them come first.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Until when tests follow each other at once, and until when with yields between, for processes with a core of their own
-/// and for those that share cores.
-const PATIENCE: [[Duration; 2]; 2] =
-    [[Duration::from_micros(100), Duration::from_millis(10)], [Duration::from_micros(5), Duration::from_micros(20)]];
+/// How long to be awake.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    /// Until then tests follow each other at once.
+    spin: Duration,
+    /// Until then with yields between. Late ones do not count.
+    awake: Duration,
+    /// Late yields before the first nap.
+    late: u32,
+}
+
+/// Of processes with a core of their own, and of those that share cores.
+const PATIENCE: [Patience; 2] = [
+    Patience { spin: Duration::from_micros(100), awake: Duration::from_millis(10), late: 1 },
+    Patience { spin: Duration::from_micros(5), awake: Duration::from_micros(20), late: 30 },
+];
 
 /// A test that took so long has moved data, and more is likely to be there. One that took longer has moved all, or another
 /// thread had the core meanwhile.
@@ -31,14 +44,14 @@ pub(crate) const NAPS: [Duration; 2] = [Duration::from_micros(10), Duration::fro
 /// The pauses of one wait.
 #[derive(Debug)]
 pub(crate) struct Pace {
-    patience: [Duration; 2],
+    patience: Patience,
     /// When the last pause began, and when it ended.
     last: [Instant; 2],
     pause: Pause,
-    /// Time in which nothing moved.
+    /// Time in which nothing moved, but for late yields.
     quiet: Duration,
+    late: u32,
     nap: Duration,
-    shared: bool,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -56,8 +69,8 @@ impl Pace {
             last: [Instant::now(); 2],
             pause: Pause::None,
             quiet: Duration::ZERO,
+            late: 0,
             nap: NAPS[0],
-            shared: false,
         }
     }
 
@@ -76,15 +89,16 @@ impl Pace {
 
     /// What to do after a pause that took `paused` and a test that took `test`.
     fn next(&mut self, paused: Duration, test: Duration) -> Pause {
-        self.shared |= self.pause == Pause::Yield && paused > LATE;
+        let late = self.pause == Pause::Yield && paused > LATE;
+        self.late += u32::from(late);
         if MOVED.contains(&test) {
             (self.quiet, self.nap) = (Duration::ZERO, NAPS[0]);
         } else {
-            self.quiet += paused + test;
+            self.quiet += if late { test } else { paused + test };
         }
         match self.quiet {
-            quiet if quiet < self.patience[0] => Pause::None,
-            quiet if quiet < self.patience[1] && !self.shared => Pause::Yield,
+            quiet if quiet < self.patience.spin => Pause::None,
+            quiet if quiet < self.patience.awake && self.late < self.patience.late => Pause::Yield,
             _ => {
                 let nap = self.nap;
                 self.nap = (nap * 3 / 2).min(NAPS[1]);
@@ -118,18 +132,23 @@ mod tests {
     }
 
     #[test]
-    fn a_late_yield_is_the_last_and_data_starts_anew() {
-        let mut pace = Pace::new(false);
-        let _ = count(&mut pace, Pause::None);
-        assert_eq!(pace.pause, Pause::Yield);
-        assert_eq!(pace.next(LATE * 2, SHORT), Pause::Nap(NAPS[0]));
-        assert_eq!(pace.next(NAPS[0], SHORT), Pause::Nap(NAPS[0] * 3 / 2));
-        // What moved is followed closely, but the core stays that of another.
-        assert_eq!(pace.next(NAPS[0], MOVED.start), Pause::None);
-        pace.pause = Pause::None;
-        let _ = count(&mut pace, Pause::None);
-        assert_eq!(pace.pause, Pause::Nap(NAPS[0]));
-        // The test was interrupted, or that was all.
-        assert!(matches!(pace.next(SHORT, MOVED.end), Pause::Nap(_)));
+    fn late_yields_end_in_naps_and_data_starts_anew() {
+        for (crowded, late) in [(false, 1), (true, 30)] {
+            let mut pace = Pace::new(crowded);
+            let _ = count(&mut pace, Pause::None);
+            for _ in 1..late {
+                assert_eq!(pace.next(LATE * 2, Duration::ZERO), Pause::Yield);
+            }
+            assert_eq!(pace.next(LATE * 2, Duration::ZERO), Pause::Nap(NAPS[0]));
+            pace.pause = Pause::Nap(NAPS[0]);
+            assert_eq!(pace.next(NAPS[0], SHORT), Pause::Nap(NAPS[0] * 3 / 2));
+            // What moved is followed closely, but the core stays that of another.
+            assert_eq!(pace.next(NAPS[0], MOVED.start), Pause::None);
+            pace.pause = Pause::None;
+            let _ = count(&mut pace, Pause::None);
+            assert_eq!(pace.pause, Pause::Nap(NAPS[0]));
+            // The test was interrupted, or that was all.
+            assert!(matches!(pace.next(SHORT, MOVED.end), Pause::Nap(_)));
+        }
     }
 }
