@@ -4,6 +4,7 @@
 #   ci/gpu.sh build [FOLDER]             here: builds the stripped programs into FOLDER (target/gpu); needs no GPU
 #   ci/gpu.sh run [FOLDER] [FILTER]      there: needs FOLDER, this script, the driver and libnvrtc (LONGSPAN_LIBNVRTC names it
 #                                        where it lies in no usual place); judges `cuda` with the conformance suite
+#   ci/gpu_processes.sh [FOLDER]         there: ranks as processes, by peer copies and by NCCL, a line a check
 #
 # Most of the first run's time goes into compiling kernels, so the suite is cut into one part a core. Reports are
 # FOLDER/report/PART.json, messages PART.log; compiled kernels stay in FOLDER/cache. Exit 1 if a part failed: a GPU is
@@ -22,6 +23,10 @@ build)
     mkdir -p "$folder"
     strip -o "$folder/longspan" target/release/longspan
     strip -o "$folder/conformance" target/release/examples/conformance
+    # For ranks under mpirun, where there is an MPI to build with.
+    if command -v mpicc >/dev/null && cargo build --release -p longspan-cli --features cuda,mpi; then
+        strip -o "$folder/longspan-mpi" target/release/longspan
+    fi
     ls -l "$folder"
     ;;
 run)

@@ -130,18 +130,55 @@ interrupted() {
     return 1
 }
 
+# traced COMMAND...: its trace has four ranks, and an arrow for every message of the ring.
+traced() {
+    says 0 'Wrote what every rank did' "$@" --trace "$out/trace.json"
+    python3 - "$out/trace.json" <<'END'
+import json, sys
+events = json.load(open(sys.argv[1]))["traceEvents"]
+count = {ph: sum(e["ph"] == ph and e["name"] != "thread_name" for e in events) for ph in "Xsf"}
+ranks = {e["pid"] for e in events if e["ph"] == "X"}
+print(f"{count['X']} spans of ranks {sorted(ranks)}, {count['s']} messages")
+sys.exit(ranks != {0, 1, 2, 3} or count["s"] < 24 or count["s"] != count["f"])
+END
+}
+
+# build FLAVOUR: its program.
+build() {
+    MPICC=$(tool mpicc "$1")
+    export MPICC
+    # Its build script does not notice that MPICC names another MPI.
+    cargo clean --release --locked -p mpi-sys -p mpi 2>/dev/null
+    cargo build "${build[@]}" && cp target/release/longspan "$out/longspan-$1"
+}
+
+# lint FLAVOUR: lints and tests with the features that need an MPI; nothing of it takes part in the runs.
+lint() {
+    MPICC=$(tool mpicc "$1")
+    export MPICC
+    cargo clippy -q --workspace --all-features --locked --all-targets -- -D warnings
+    cargo test -q --locked -p longspan-mpi --features mpi,longspan/mpi --lib
+}
+
+# beside COMMAND...: starts it beside what follows; `await` waits for it.
+beside() {
+    (set -e; "$@") >"$out/beside" 2>&1 &
+    other=$!
+}
+
+# await: shows what the other said, and ends as it did.
+await() {
+    local status=0
+    wait "$other" || status=$?
+    cat "$out/beside"
+    return $status
+}
 
 # judge FLAVOUR: everything on one MPI.
 judge() {
     local flavour=$1 program n mpirun
     program=$(realpath -m "$out/longspan-$flavour")
     mpirun=$(tool mpirun "$flavour")
-    export MPICC
-    MPICC=$(tool mpicc "$flavour")
-    # Its build script does not notice that MPICC names another MPI.
-    cargo clean --release --locked -p mpi-sys -p mpi 2>/dev/null
-    check "$flavour: build" cargo build "${build[@]}"
-    cp target/release/longspan "$program"
     for n in 1 2 4 8; do
         printf -- '-- %s: suite with %d processes\n' "$flavour" "$n"
         timeout 300 "$mpirun" -n "$n" "$program" conformance --backend mpi --json "$out/mpi-$flavour-$n.json" || failed=$((failed + 1))
@@ -150,6 +187,7 @@ judge() {
     check "$flavour: another world than the mesh" says 2 'is 4 ranks, but the job has 2 processes' "$mpirun" -n 2 "$program" run --backend mpi --input $input --ring 4
     check "$flavour: a rank that fails" says 1 'rank 1: lost rank 1 during its own' "$mpirun" -n 2 "$program" run --backend mpi --input $input --ring 2 --backward --fault panic:1
     check "$flavour: wrong results" says 3 'verification failed: out' "$mpirun" -n 2 "$program" run --backend mpi --input $input --ring 2 --backward --verify --fault wrong:1
+    check "$flavour: what every rank did when" traced "$mpirun" -n 4 "$program" run --backend mpi --input $input --ring 4 --backward
     check "$flavour: a rank is killed" interrupted KILL rank "$program" "$mpirun"
     check "$flavour: Ctrl-C" interrupted INT launcher "$program" "$mpirun"
     check "$flavour: two hosts" ci/mpi_hosts.sh "$program" "$flavour"
@@ -157,12 +195,20 @@ judge() {
 
 mkdir -p "$out"
 install
+# Ranks wait for each other half of the time, so the next build and the lints run beside them.
+previous=
 for flavour in $flavours; do
-    judge "$flavour"
+    if [[ -z $previous ]]; then
+        check "$flavour: build" build "$flavour"
+    else
+        beside build "$flavour"
+        judge "$previous"
+        check "$flavour: build, beside the last runs" await
+    fi
+    previous=$flavour
 done
-# The last flavour's mpicc is set.
-check "lints" cargo clippy -q --locked -p longspan-mpi -p longspan-peers -p longspan -p longspan-cli --features longspan-mpi/mpi,longspan/mpi,longspan-cli/mpi --all-targets -- -D warnings
-check "all features" cargo check -q --workspace --all-features --locked
-cargo test -q --locked -p longspan-mpi --features mpi,longspan/mpi --lib || failed=$((failed + 1))
+beside lint "$previous"
+judge "$previous"
+check "lints and tests of all features, beside the last runs" await
 printf '%d passed, %d failed\n' "$passed" "$failed"
 ((failed == 0))

@@ -9,6 +9,9 @@
 //! pattern = "collective/all-to-all-8"
 //! why = "driver bug"
 //! link = "https://..."
+//!
+//! [sharing]                       # several ranks on one device may be refused: by one of its ways to exchange, say
+//! why = "NCCL needs a device for each rank"
 //! ```
 //!
 //! A pattern matches whole case names; `*` stands for any text. A pattern that matches no case of the table fails the run.
@@ -45,6 +48,16 @@ pub struct Expectations {
     /// Cases that are refused on purpose.
     #[serde(default)]
     pub never: Vec<Never>,
+    /// Whether a group with several ranks on a device may be refused.
+    pub sharing: Option<Sharing>,
+}
+
+/// Why several ranks on one device may be refused.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sharing {
+    /// Why.
+    pub why: String,
 }
 
 /// A known fault.
@@ -87,6 +100,9 @@ impl Expectations {
     /// [`Error::Invalid`] with the place of a syntax error, for an unknown key, or for an empty reason or link.
     pub fn parse(text: &str) -> Result<Self> {
         let this: Self = toml::from_str(text).map_err(|e| Error::invalid("expectations", e.to_string()))?;
+        if this.sharing.as_ref().is_some_and(|s| s.why.trim().is_empty()) {
+            return Err(Error::invalid("expectations", "`sharing` needs a reason"));
+        }
         let reasons = this.never.iter().map(|n| (&n.pattern, &n.why, None));
         for (pattern, why, link) in reasons.chain(this.broken.iter().map(|b| (&b.pattern, &b.why, Some(&b.link)))) {
             if why.trim().is_empty() || link.is_some_and(|l| l.trim().is_empty()) {
@@ -151,6 +167,8 @@ mod tests {
     fn lists_without_reasons_and_with_unknown_keys_are_refused() {
         assert!(Expectations::parse("[[never]]\npattern = 'x'\nwhy = ' '").is_err());
         assert!(Expectations::parse("[[broken]]\npattern = 'x'\nwhy = 'y'").is_err());
+        assert!(Expectations::parse("[sharing]\nwhy = ''").is_err());
+        assert!(Expectations::parse("[sharing]\nwhy = 'x'").is_ok_and(|e| e.sharing.is_some()));
         assert!(Expectations::parse("[[sometimes]]\npattern = 'x'").is_err());
     }
 

@@ -146,6 +146,11 @@ impl Machine {
         Self { devices, share }
     }
 
+    /// Whether so many ranks share devices.
+    fn shares(&self, ranks: u32) -> bool {
+        self.devices.as_ref().is_ok_and(|devices| devices.len() < ranks as usize)
+    }
+
     /// A device for each of `ranks`.
     fn seats(&self, ranks: u32) -> std::result::Result<Vec<DeviceInfo>, String> {
         let devices = self.devices.as_ref().map_err(Clone::clone)?;
@@ -173,7 +178,10 @@ fn run_all<B: Backend>(
         let seed = seed_of(options.seed, &case.name);
         let start = Instant::now();
         let (raw, figures) = run_one(options, machine, case, seed, &mut team)?;
-        let (outcome, message) = judge(expectations.of(&case.name), raw);
+        let (outcome, message) = match raw {
+            Err(RawFailure::Sharing(why)) if expectations.sharing.is_some() => (Outcome::Refused, why),
+            raw => judge(expectations.of(&case.name), raw),
+        };
         let report = CaseReport {
             name: case.name.clone(),
             ranks: case.ranks,
@@ -200,6 +208,8 @@ pub enum RawFailure {
     Case(Failure),
     /// There is no machine for it.
     NoMachine(String),
+    /// Several ranks on one device were refused.
+    Sharing(String),
 }
 
 fn run_one<B: Backend>(
@@ -227,6 +237,9 @@ fn run_one<B: Backend>(
                 Err(Failure::Error(e @ Error::Unavailable { .. })) => {
                     return Ok((Err(RawFailure::NoMachine(e.to_string())), none));
                 }
+                Err(Failure::Refused(why)) if machine.shares(case.ranks) => {
+                    return Ok((Err(RawFailure::Sharing(why)), none));
+                }
                 Err(failure) => return Ok((Err(RawFailure::Case(failure)), none)),
             }
         }
@@ -240,9 +253,12 @@ fn run_one<B: Backend>(
 
 /// The outcome of a case that did `raw`, and its message.
 pub fn judge(expected: Expected<'_>, raw: Raw) -> (Outcome, String) {
-    use RawFailure::{Case, NoMachine};
+    use RawFailure::{Case, NoMachine, Sharing};
     match (expected, raw) {
         (_, Err(NoMachine(why))) => (Outcome::NoMachine, why),
+        (_, Err(Sharing(why))) => {
+            (Outcome::Fail, format!("several ranks on a device are refused, and no list says so: {why}"))
+        }
         (Expected::Broken(why), Ok(())) => {
             (Outcome::Fail, format!("listed as broken ({why}), but it passes: take it off"))
         }

@@ -339,7 +339,11 @@ fn serve<B: Backend>(seat: Seat, groups: &Groups<B>, jobs: &Receiver<Job<B>>, do
 fn open<B: Backend>(seat: Seat, groups: &Groups<B>) -> Result<Rank<B>, Failure> {
     let Seat { info, id, rank, size, limit, processes, gather, steps } = seat;
     steps.set(rank, "open and join".into());
-    let member = Arc::new(Member::<B>::join(&info, &id, rank, size, limit)?);
+    let member = Member::<B>::join(&info, &id, rank, size, limit).map_err(|error| match error {
+        Error::Unsupported { .. } => Failure::Refused(error.to_string()),
+        error => error.into(),
+    })?;
+    let member = Arc::new(member);
     groups.lock().unwrap_or_else(PoisonError::into_inner).push(member.clone());
     let stream = member.device.stream(Priority::Normal)?;
     Ok(Rank { member, stream, limit, info, processes, gather, steps, seed: 0, figures: BTreeMap::new() })

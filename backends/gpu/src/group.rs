@@ -11,7 +11,7 @@
 //! the deadline. The first fault stays: all ranks name the same culprit.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use longspan_hal::{Error, GroupId, Result, Step};
@@ -32,6 +32,8 @@ pub(crate) struct Group {
     pub member: Member,
     /// How they meet in rounds.
     pub mail: Mail,
+    /// Whether a call said what ended the group.
+    told: AtomicBool,
 }
 
 /// How two ranks meet in a round.
@@ -71,7 +73,7 @@ pub(crate) fn join(id: &GroupId, rank: u32, size: u32, limit: Duration) -> Resul
 impl Group {
     /// The place of `member`, whose rounds meet by `mail`.
     pub(crate) fn new(member: Member, mail: Mail) -> Self {
-        Self { key: NEXT.fetch_add(1, Ordering::Relaxed), member, mail }
+        Self { key: NEXT.fetch_add(1, Ordering::Relaxed), member, mail, told: AtomicBool::new(false) }
     }
 
     /// This rank.
@@ -123,8 +125,14 @@ impl Group {
         self.with_step(self.member.wait_for_fault(call))
     }
 
-    /// The step of a lost thread is known here.
+    /// Whether the caller knows that the group is over.
+    pub(crate) fn told(&self) -> bool {
+        self.told.load(Ordering::Acquire)
+    }
+
+    /// What ended the group, for the caller. The step of a lost thread is known here.
     fn with_step(&self, error: Error) -> Error {
+        self.told.store(true, Ordering::Release);
         match (&self.mail, error) {
             (Mail::Letters(letters), Error::PeerLost { rank, call, .. }) => {
                 Error::PeerLost { rank, call, step: letters.step(rank) }

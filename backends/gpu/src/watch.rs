@@ -30,21 +30,33 @@ const IDLE: Duration = Duration::from_millis(100);
 
 /// Why what a device computed can't be right; shared by the handles of one rank.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Lost(Arc<Mutex<Option<(u64, Error)>>>);
+pub(crate) struct Lost(Arc<Mutex<Option<Loss>>>);
+
+#[derive(Debug)]
+struct Loss {
+    /// Of this communicator.
+    key: u64,
+    error: Error,
+    /// Said once: the communicator is gone.
+    once: bool,
+}
 
 impl Lost {
     /// # Errors
     /// What was noted.
     pub(crate) fn check(&self) -> Result<()> {
-        lock(&self.0).as_ref().map_or(Ok(()), |(_, error)| Err(error.clone()))
+        let mut lost = lock(&self.0);
+        let error = lost.as_ref().map(|loss| loss.error.clone());
+        lost.take_if(|loss| loss.once);
+        error.map_or(Ok(()), Err)
     }
 
-    fn note(&self, key: u64, error: Error) {
-        lock(&self.0).get_or_insert((key, error));
+    fn note(&self, key: u64, error: Error, once: bool) {
+        lock(&self.0).get_or_insert(Loss { key, error, once });
     }
 
     fn clear(&self, key: u64) {
-        lock(&self.0).take_if(|(of, _)| *of == key);
+        lock(&self.0).take_if(|loss| loss.key == key);
     }
 }
 
@@ -68,6 +80,7 @@ pub(crate) struct Watch {
     last: Mutex<Option<Event>>,
     wake: Condvar,
     ended: AtomicBool,
+    noted: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -96,6 +109,7 @@ impl Watch {
             last: Mutex::default(),
             wake: Condvar::new(),
             ended: AtomicBool::new(false),
+            noted: AtomicBool::new(false),
             thread: Mutex::default(),
         });
         let own = Arc::clone(&watch);
@@ -154,8 +168,8 @@ impl Watch {
                 }
                 IDLE
             } else if let Some(error) = self.group.member.fault("exchange") {
-                self.lost.note(self.group.key, error);
                 drop(rounds);
+                self.note(error);
                 self.release();
                 rounds = lock(&self.rounds);
                 Duration::from_millis(1)
@@ -164,6 +178,16 @@ impl Watch {
                 NAP
             };
             drop(self.wake.wait_timeout(rounds, nap).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// Says so where the caller synchronizes, unless a communicator that is gone told it before.
+    fn note(&self, error: Error) {
+        let ended = self.ended.load(Ordering::Acquire);
+        let noted = self.noted.swap(true, Ordering::AcqRel);
+        let known = ended && self.group.told();
+        if !noted && !known {
+            self.lost.note(self.group.key, error, ended);
         }
     }
 
@@ -208,12 +232,15 @@ mod tests {
     fn the_first_loss_stays_until_its_communicator_goes() {
         let (lost, error) = (Lost::default(), Error::invalid("a", "b"));
         assert_eq!(lost.check(), Ok(()));
-        lost.note(1, error.clone());
-        lost.note(2, Error::invalid("c", "d"));
+        lost.note(1, error.clone(), false);
+        lost.note(2, Error::invalid("c", "d"), false);
+        assert_eq!(lost.check(), Err(error.clone()));
         assert_eq!(lost.clone().check(), Err(error.clone()));
         lost.clear(2);
         assert_eq!(lost.check(), Err(error));
         lost.clear(1);
         assert_eq!(lost.check(), Ok(()));
+        lost.note(3, Error::invalid("a", "b"), true);
+        assert_eq!([lost.check().is_err(), lost.check().is_err()], [true, false], "said once");
     }
 }

@@ -21,6 +21,7 @@ pub struct Config {
     pub delay: u64,
     pub seed: u64,
     pub timeout: Duration,
+    pub loud: bool,
 }
 
 /// The configuration of this process.
@@ -32,6 +33,7 @@ pub static CONFIG: LazyLock<Config> = LazyLock::new(|| {
         delay: number("LONGSPAN_EMULATOR_DELAY_US", 100),
         seed: number("LONGSPAN_EMULATOR_SEED", 1),
         timeout: Duration::from_millis(number("LONGSPAN_EMULATOR_TIMEOUT_MS", 30_000)),
+        loud: number("LONGSPAN_EMULATOR_LOUD", 0) != 0,
     }
 });
 
@@ -85,6 +87,9 @@ pub fn count(name: &str, by: u64) {
 /// Notes a misuse and sets this thread's message; returns `code`.
 pub fn misuse(code: i32, text: impl Into<String>) -> i32 {
     let text = text.into();
+    if CONFIG.loud {
+        eprintln!("misuse: {text}");
+    }
     lock(&MISUSES).push(text.clone());
     fail(code, text)
 }

@@ -10,6 +10,7 @@ use longspan_peers::{Fields, Reader};
 use crate::failure::{Failure, Result};
 use crate::fault::Fault;
 use crate::job::Job;
+use crate::parcel::{Told, pack, unpack};
 use crate::processes;
 use crate::results::{Gradients, RankFigures, Recorded, Results};
 
@@ -24,7 +25,7 @@ pub fn run(job: &Job, selector: &str, limit: Duration, fault: Option<Fault>, rec
     gather(job, done(ranks)?, recorded)
 }
 
-/// Collective: runs this process's rank of `job`; the results of all, on process 0, without what they did when.
+/// Collective: runs this process's rank of `job`; the results of all, on process 0.
 ///
 /// # Errors
 /// As [`run`], the same on every process; a process that lost the others keeps its own.
@@ -34,15 +35,16 @@ pub fn run_part(
     selector: &str,
     limit: Duration,
     fault: Option<Fault>,
+    recorded: bool,
 ) -> Result<Option<Results>> {
-    let own = processes.processes.on_rank(selector, job.mesh(), limit, |engine| rank(job, engine, fault, false));
+    let own = processes.processes.on_rank(selector, job.mesh(), limit, |engine| rank(job, engine, fault, recorded));
     let own = processes.together("run", own.map_err(Failure::from))?;
     let all = processes.gather("results", own.to_bytes())?;
     if !processes.leads() {
         return Ok(None);
     }
     let all = all.iter().map(|bytes| Rank::from_bytes(bytes)).collect::<longspan::Result<Vec<_>>>()?;
-    gather(job, all, false).map(Some)
+    gather(job, all, recorded).map(Some)
 }
 
 /// What one rank gives back.
@@ -52,14 +54,16 @@ struct Rank {
     gradients: Option<Shards>,
     figures: RankFigures,
     /// What it did when, and what it sent, where that is wanted.
-    recorded: Option<(DeviceReport, [Vec<Traffic>; 2])>,
+    recorded: Option<Told>,
 }
 
 impl Rank {
     /// For process 0.
     fn to_bytes(&self) -> Vec<u8> {
-        let Self { forward, gradients, figures, recorded: _ } = self;
+        let Self { forward, gradients, figures, recorded } = self;
         let mut said = figures.numbers().into_iter().fold(Fields::default(), Fields::number);
+        said = said.number(u64::from(recorded.is_some()));
+        said = recorded.iter().fold(said, pack);
         for tensor in [&forward.out, &forward.lse] {
             said = said.bytes(&tensor.to_bytes());
         }
@@ -77,6 +81,10 @@ impl Rank {
         for number in &mut numbers {
             *number = fields.number().map_err(unreadable)?;
         }
+        let recorded = match fields.number().map_err(unreadable)? {
+            1 => Some(unpack(&mut fields).map_err(unreadable)?),
+            _ => None,
+        };
         let tensor = |fields: &mut Reader<'_>| Tensor::from_bytes(fields.bytes().map_err(unreadable)?);
         let forward = Forwarded { out: tensor(&mut fields)?, lse: tensor(&mut fields)?, joint: None };
         let gradients = if fields.number().map_err(unreadable)? == 1 {
@@ -88,7 +96,7 @@ impl Rank {
         } else {
             None
         };
-        Ok(Self { forward, gradients, figures: RankFigures::of(numbers), recorded: None })
+        Ok(Self { forward, gradients, figures: RankFigures::of(numbers), recorded })
     }
 }
 

@@ -17,6 +17,7 @@ mod file;
 mod job;
 mod layout;
 mod output;
+mod parcel;
 mod picture;
 mod processes;
 mod progress;

@@ -35,7 +35,7 @@ fn run_in(args: &Run, processes: Option<&processes::Job>) -> Result<()> {
     let start = Instant::now();
     let limit = Duration::from_secs(args.limit);
     let results = match processes {
-        Some(processes) => engine::run_part(&job, processes, &args.backend, limit, args.fault),
+        Some(processes) => engine::run_part(&job, processes, &args.backend, limit, args.fault, recorded(args)),
         None => engine::run(&job, &args.backend, limit, args.fault, recorded(args)).map(Some),
     };
     spinner.finish_and_clear();
@@ -61,12 +61,6 @@ fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
     let job = Job::new(args)?;
     if let Some(processes) = processes {
         processes.processes.check(job.mesh())?;
-        if recorded(args) {
-            return Err(Failure::input(
-                "--trace and --timeline",
-                "they are for ranks that are threads; leave them out, or take the backend `cpu`",
-            ));
-        }
     }
     if args.verify {
         verify::check_inputs(&job)?;

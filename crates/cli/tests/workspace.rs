@@ -74,7 +74,7 @@ fn dev_only(name: &str, on: &str) -> bool {
         "longspan" => ["longspan-ascend", "longspan-conformance", "longspan-cuda", "longspan-mpi"].contains(&name),
         "longspan-hal" | "longspan-kernels" => name == "longspan-cuda",
         "longspan-ascend-emulator" | "longspan-seqpar" => name == "longspan-ascend",
-        "longspan-rocm-emulator" => name == "longspan-rocm",
+        "longspan-rocm-emulator" => ["longspan-cli", "longspan-rocm"].contains(&name),
         "longspan-conformance" => name != "longspan-hal",
         "longspan-cpu" => ["longspan-conformance", "longspan-seqpar", "longspan-cli"].contains(&name),
         _ => false,

@@ -12,8 +12,8 @@
 
 use super::simd::Simd;
 
-/// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-const ROUND: f32 = 12_582_912.0;
+/// 1.5 * 2^23 + 127: adding it rounds to an integer, which is then in the low bits, with the bias of an exponent.
+const ROUND: f32 = 12_583_039.0;
 /// Below it, exp is less than 2^-125.
 const LOW: f32 = -86.643_4;
 /// Above it, exp is more than the largest f32.

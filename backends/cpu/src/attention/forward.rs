@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use longspan_hal::Slice;
 
-use super::pack::{Ahead, Scratch, Tensor, each, padded};
+use super::pack::{Scratch, Tensor, each, padded};
 use super::philox::{Dropout, Row};
 use super::plan::{Band, Plan, RowTile, Unit};
 use super::simd::{Bias, Kernels, Order, Tile, Update, VEC, any_non_finite};
@@ -126,10 +126,9 @@ impl Forward {
             for from in (slice.k.start as usize + skipped..seen.end).step_by(FORWARD_KEYS) {
                 let keys = from..(from + FORWARD_KEYS).min(seen.end);
                 self.pack(tile.batch, unit.kv_head, &keys, ld, [rows, k, v]);
-                let mut ahead = self.ahead(tile.batch, unit.kv_head, keys.end..seen.end, blocks.len());
                 let keys = Keys { slice, rows: keys, k: &*k, v: &*v };
                 for block in &mut blocks {
-                    self.attend(tile.batch, block, &keys, &mut ahead, ld, [s, beta, keep]);
+                    self.attend(tile.batch, block, &keys, ld, [s, beta, keep]);
                 }
             }
         }
@@ -189,23 +188,8 @@ impl Forward {
         self.v.pack(self.kernels, [batch, keys.start, kv_head], keys.len(), v, ld.v);
     }
 
-    /// The tile of keys behind, of which `rest` are left, hinted at while `blocks` blocks compute their scores.
-    fn ahead(&self, batch: usize, kv_head: usize, rest: Range<usize>, blocks: usize) -> Ahead<2> {
-        let steps = blocks * (BLOCK / self.kernels.mr) * (FORWARD_KEYS / self.kernels.nr);
-        let rows = rest.start..(rest.start + FORWARD_KEYS).min(rest.end);
-        Ahead::new([self.k, self.v], [batch, kv_head], rows, steps)
-    }
-
     /// Updates a block with the keys of a tile, a register tile's rows at a time: their logits stay in the first cache.
-    fn attend(
-        &self,
-        batch: usize,
-        block: &mut Block<'_>,
-        keys: &Keys<'_>,
-        ahead: &mut Ahead<2>,
-        ld: Strides,
-        to: [&mut [f32]; 3],
-    ) {
+    fn attend(&self, batch: usize, block: &mut Block<'_>, keys: &Keys<'_>, ld: Strides, to: [&mut [f32]; 3]) {
         let [s, beta, keep] = to;
         let band = Band::new(keys.slice, &block.rows, &keys.rows, keys.rows.start);
         let hull = band.all();
@@ -220,7 +204,7 @@ impl Forward {
             if cols.is_empty() {
                 continue;
             }
-            self.scores(block, keys, first, &cols, ahead, s, ld);
+            self.scores(block, keys, first, &cols, s, ld);
             for (r, s) in rows.clone().zip(s.chunks_exact_mut(ld.s)) {
                 beta[r - first] = self.softmax(batch, block, keys, r, band.cols_of(r), cols.clone(), s, keep);
             }
@@ -239,13 +223,11 @@ impl Forward {
         keys: &Keys<'_>,
         first: usize,
         cols: &Range<usize>,
-        ahead: &mut Ahead<2>,
         s: &mut [f32],
         ld: Strides,
     ) {
         let (d, nr) = (self.plan.spec.head_dim, self.kernels.nr);
         for p in whole(cols, nr).step_by(nr) {
-            ahead.step();
             self.kernels.tile(Tile {
                 k: d,
                 a: &block.q[first * ld.q..],

@@ -4,14 +4,13 @@
 //! over all sets of a cache. Operands of `Q K^T` are transposed into panels: for each `nr` keys, `[head_dim, nr]`.
 
 use std::cell::RefCell;
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use longspan_hal::{DType, Strided};
 
-use super::simd::{self, Kernels, VEC};
+use super::simd::{Kernels, VEC};
 
 /// A tensor in memory, `[batch, seq, heads, dim]`.
 #[derive(Clone, Copy, Debug)]
@@ -61,15 +60,6 @@ impl Tensor {
                 }
                 _ => kernels.widen(std::slice::from_raw_parts(self.row(row), to.len()), to),
             }
-        }
-    }
-
-    /// Hints that the row will be loaded soon.
-    pub fn prefetch(&self, row: [usize; 3]) {
-        let bytes = self.at.extent()[3] * self.at.dtype().size();
-        match self.at.dtype().size() {
-            4 => simd::prefetch(self.row::<f32>(row).cast(), bytes),
-            _ => simd::prefetch(self.row::<u16>(row).cast(), bytes),
         }
     }
 
@@ -134,34 +124,6 @@ pub(super) fn panels(kernels: &Kernels, from: &[f32], ld: usize, [rows, cols]: [
     for (p, panel) in to.chunks_exact_mut(cols * nr).take(rows.div_ceil(nr)).enumerate() {
         let many = (rows - p * nr).min(nr);
         kernels.transpose(&from[p * nr * ld..], ld, [many, cols], panel, nr);
-    }
-}
-
-/// Rows of some tensors that are packed next, hinted at a few at a time between register tiles: all at once, the hints would
-/// wait for memory themselves.
-pub(super) struct Ahead<const N: usize> {
-    tensors: [Tensor; N],
-    batch: usize,
-    head: usize,
-    rows: Range<usize>,
-    /// Rows of a step.
-    many: usize,
-}
-
-impl<const N: usize> Ahead<N> {
-    /// `rows` of `[batch, .., head]` of each of `tensors`, in `steps` steps.
-    pub fn new(tensors: [Tensor; N], [batch, head]: [usize; 2], rows: Range<usize>, steps: usize) -> Self {
-        let many = rows.len().div_ceil(steps.max(1));
-        Self { tensors, batch, head, rows, many }
-    }
-
-    /// Hints at the next few rows, if any are left.
-    pub fn step(&mut self) {
-        for row in self.rows.by_ref().take(self.many) {
-            for t in &self.tensors {
-                t.prefetch([self.batch, row, self.head]);
-            }
-        }
     }
 }
 

@@ -20,7 +20,8 @@
 //! hipRTC compiles the kernel sources themselves with the host's C++ compiler (`LONGSPAN_EMULATOR_CXX`, else `c++`, `g++`,
 //! `clang++`), after `host.h`: blocks run one after the other, threads as fibers, matrix instructions as the manuals say.
 //!
-//! Everything that was refused or went wrong by misuse is kept as text and counted: [`longspan_emulator_misuses`].
+//! Everything that was refused or went wrong by misuse is kept as text and counted: [`longspan_emulator_misuses`]; with
+//! `LONGSPAN_EMULATOR_LOUD=1` it is also printed when it happens.
 //!
 //! Environment: `LONGSPAN_EMULATOR_ARCH` (gfx942), `LONGSPAN_EMULATOR_DEVICES` (8), `LONGSPAN_EMULATOR_MEMORY_MIB` (16384 of
 //! address space a process), `LONGSPAN_EMULATOR_DELAY_US` (100), `LONGSPAN_EMULATOR_SEED` (1), `LONGSPAN_EMULATOR_TIMEOUT_MS`

@@ -60,10 +60,7 @@ impl super::Simd for Avx2 {
     #[inline(always)]
     unsafe fn pow2(t: __m256) -> __m256 {
         // SAFETY: as said above the impl.
-        unsafe {
-            let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
-            _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(0x3f80_0000)))
-        }
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(t))) }
     }
     #[inline(always)]
     unsafe fn select_lt(a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {

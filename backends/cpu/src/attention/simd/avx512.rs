@@ -60,10 +60,7 @@ impl super::Simd for Avx512 {
     #[inline(always)]
     unsafe fn pow2(t: __m512) -> __m512 {
         // SAFETY: as said above the impl.
-        unsafe {
-            let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(t));
-            _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(0x3f80_0000)))
-        }
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(t))) }
     }
     #[inline(always)]
     unsafe fn select_lt(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {

@@ -46,7 +46,7 @@ pub(crate) trait Simd: Copy {
     /// The larger; `b` if either is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    /// `2^n` of `t = n + 1.5 * 2^23`, for `-126 <= n <= 127`.
+    /// `2^n` of `t = n + 127 + 1.5 * 2^23`, for `-126 <= n <= 127`.
     unsafe fn pow2(t: Self::V) -> Self::V;
     /// `if a < b { x } else { y }`; `y` if either is NaN.
     unsafe fn select_lt(a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
@@ -260,19 +260,6 @@ impl Kernels {
 /// Row kernels work on whole vectors.
 fn check(n: usize) {
     debug_assert_eq!(n % VEC, 0, "a row kernel takes whole vectors");
-}
-
-/// Asks for the cache lines of `bytes` bytes from `at` on, into the second cache: a hint, without effect but on time.
-#[inline]
-pub(crate) fn prefetch(at: *const u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..bytes).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: every x86-64 CPU has the instruction, which faults at no address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line).cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (at, bytes);
 }
 
 /// Whether any element is infinite or NaN.

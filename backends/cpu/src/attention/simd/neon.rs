@@ -60,10 +60,7 @@ impl super::Simd for Neon {
     #[inline(always)]
     unsafe fn pow2(t: float32x4_t) -> float32x4_t {
         // SAFETY: as said above the impl.
-        unsafe {
-            let n = vshlq_n_u32::<23>(vreinterpretq_u32_f32(t));
-            vreinterpretq_f32_u32(vaddq_u32(n, vdupq_n_u32(0x3f80_0000)))
-        }
+        unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(t))) }
     }
     #[inline(always)]
     unsafe fn select_lt(a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t {

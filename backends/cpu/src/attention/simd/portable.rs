@@ -56,7 +56,7 @@ impl super::Simd for Portable {
     }
     #[inline(always)]
     unsafe fn pow2(t: [f32; 4]) -> [f32; 4] {
-        t.map(|t| f32::from_bits((t.to_bits() << 23).wrapping_add(0x3f80_0000)))
+        t.map(|t| f32::from_bits(t.to_bits() << 23))
     }
     #[inline(always)]
     unsafe fn select_lt(a: [f32; 4], b: [f32; 4], x: [f32; 4], y: [f32; 4]) -> [f32; 4] {

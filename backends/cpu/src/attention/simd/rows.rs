@@ -78,14 +78,19 @@ pub(super) unsafe fn bias<S: Simd>(x: &mut [f32], bias: &Bias) {
 pub(super) unsafe fn max<S: Simd>(x: &[f32]) -> f32 {
     // SAFETY: the caller's promise.
     unsafe {
+        // Two running maxima; the second misses an odd vector at the end.
         let mut best = [S::splat(f32::NEG_INFINITY); 2];
-        for j in (0..x.len()).step_by(S::LANES) {
-            let b = &mut best[(j / S::LANES) % 2];
-            *b = S::max(S::load(x.as_ptr().add(j)), *b);
+        let mut pairs = x.chunks_exact(2 * S::LANES);
+        for pair in &mut pairs {
+            best[0] = S::max(S::load(pair.as_ptr()), best[0]);
+            best[1] = S::max(S::load(pair.as_ptr().add(S::LANES)), best[1]);
         }
-        let mut lanes = [0.0f32; 16];
+        if !pairs.remainder().is_empty() {
+            best[0] = S::max(S::load(pairs.remainder().as_ptr()), best[0]);
+        }
+        let mut lanes = [f32::NEG_INFINITY; 16];
         S::store(lanes.as_mut_ptr(), S::max(best[0], best[1]));
-        lanes[1..S::LANES].iter().fold(lanes[0], |a, &b| if b > a { b } else { a })
+        fold(&lanes, |a, b| if b > a { b } else { a })
     }
 }
 
@@ -98,29 +103,43 @@ pub(super) unsafe fn exp<S: Simd>(x: &mut [f32], m: f32) -> f32 {
     // SAFETY: the caller's promise.
     unsafe {
         let m = S::splat(m);
+        // Two running sums; the second misses an odd vector at the end.
         let mut sums = [S::splat(0.0); 2];
-        for j in (0..x.len()).step_by(S::LANES) {
-            let at = x.as_mut_ptr().add(j);
-            let p = exp_low::<S>(S::sub(S::load(at), m));
-            S::store(at, p);
-            let s = &mut sums[(j / S::LANES) % 2];
-            *s = S::add(*s, p);
+        let mut pairs = x.chunks_exact_mut(2 * S::LANES);
+        for pair in &mut pairs {
+            sums[0] = S::add(sums[0], exp_at::<S>(pair.as_mut_ptr(), m));
+            sums[1] = S::add(sums[1], exp_at::<S>(pair.as_mut_ptr().add(S::LANES), m));
+        }
+        let rest = pairs.into_remainder();
+        if !rest.is_empty() {
+            sums[0] = S::add(sums[0], exp_at::<S>(rest.as_mut_ptr(), m));
         }
         let mut lanes = [0.0f32; 16];
         S::store(lanes.as_mut_ptr(), S::add(sums[0], sums[1]));
-        fold(&mut lanes)
+        fold(&lanes, |a, b| a + b)
     }
 }
 
-/// Sum of 16 lanes as a tree.
+/// `exp(x - m)` of the vector at `at`, in place.
+///
+/// # Safety
+/// The CPU has the instruction set of `S`; `at` points to a vector.
 #[inline(always)]
-fn fold(lanes: &mut [f32; 16]) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
+unsafe fn exp_at<S: Simd>(at: *mut f32, m: S::V) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let p = exp_low::<S>(S::sub(S::load(at), m));
+        S::store(at, p);
+        p
     }
-    lanes[0]
+}
+
+/// 16 lanes to one, as a tree.
+#[inline(always)]
+fn fold(lanes: &[f32; 16], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let a: [f32; 8] = std::array::from_fn(|i| join(lanes[i], lanes[i + 8]));
+    let b: [f32; 4] = std::array::from_fn(|i| join(a[i], a[i + 4]));
+    join(join(b[0], b[2]), join(b[1], b[3]))
 }
 
 /// Logits and `dp` to (dropped) probabilities and gradients, in place.
@@ -179,7 +198,7 @@ pub(super) fn dot(x: &[f32], y: &[f32]) -> f32 {
     for i in whole..n {
         lanes[i - whole] += x[i] * y[i];
     }
-    fold(&mut lanes)
+    fold(&lanes, |a, b| a + b)
 }
 
 /// bf16 bits to f32.
