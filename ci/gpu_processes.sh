@@ -100,10 +100,10 @@ killed() {
     [[ $ok == 0 ]] || tail -n 3 "$out/$name".*
 }
 
-# busy: waits until a GPU computes, 40 s at most; without a tool that tells, 15 s.
+# busy: waits until a GPU computes, 40 s at most; without a tool that tells, KILL_AFTER s (15).
 busy() {
     local tries
-    command -v nvidia-smi >/dev/null || { sleep 15; return; }
+    command -v nvidia-smi >/dev/null || { sleep "${KILL_AFTER:-15}"; return; }
     for ((tries = 0; tries < 200; tries++)); do
         nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits | awk '$1 >= 90 { hot = 1 } END { exit !hot }' && break
         sleep 0.2

@@ -9,8 +9,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
-use longspan_hal::{Error, Result, Strided};
-use longspan_peers::{Fields, Reader};
+use longspan_hal::{DType, Error, Result, Strided};
+use longspan_peers::{Fields, Member, Reader};
 
 use crate::context::Context;
 use crate::driver::{Address, MEMORY_HANDLE, MemoryHandle};
@@ -107,16 +107,43 @@ impl Abroad {
         &self.flags
     }
 
+    /// What other processes open a window of this one by; nothing for an empty one.
+    fn card(buffer: &Buffer) -> Vec<u8> {
+        let card = buffer.with_export(|Export { window, handle, serial, .. }| {
+            let card = Fields::default().number(*window as u64).number(*serial);
+            card.number(buffer.bytes() as u64).bytes(&handle.0).0
+        });
+        card.unwrap_or_default()
+    }
+
+    /// Collective: opens a window of every other rank and closes it. Containers and virtual machines may not allow that. The
+    /// context is bound. The inner error is this rank's own.
+    ///
+    /// # Errors
+    /// [`Error::PeerLost`].
+    pub(crate) fn try_out(context: &'static Context, member: &Member, flags: &Arc<Flags>) -> Result<Result<()>> {
+        let at = Strided::dense(DType::F32, [1, 1, 1, 16]);
+        let mine = Buffer::window(context, at.bytes(), 0, &Arc::default(), Some(flags));
+        let card = mine.as_ref().map(Self::card).unwrap_or_default();
+        let cards = member.agree("a window", &Fields(card))?;
+        let abroad = Self::new(context, Arc::clone(flags), Vec::new());
+        let one = |(rank, card): (u32, &Vec<u8>)| {
+            let unreadable = |e: std::io::Error| Error::invalid("window", format!("of rank {rank}: {e}"));
+            abroad.buffer(rank, read_card(card).map_err(unreadable)?, &at).map(drop)
+        };
+        let mut others = (0u32..).zip(&cards).filter(|(rank, _)| *rank != member.rank);
+        let opened = others.try_for_each(one);
+        // Kept until everybody has closed it.
+        member.agree("windows opened", &Fields::default())?;
+        Ok(mine.and(opened))
+    }
+
     /// Where the messages of `draft` arrive, for the processes that send them.
     pub(crate) fn describe(draft: &Draft) -> Fields {
         let mut fields = Fields::default();
         for (&from, part) in draft.from.iter().zip(&draft.recvs) {
-            let card = part.buffer.with_export(|export| {
-                let Export { window, handle, serial, .. } = export;
-                let card = Fields::default().number(*window as u64).number(*serial);
-                card.number(part.buffer.bytes() as u64).bytes(&handle.0).0
-            });
-            fields = fields.number(u64::from(from)).bytes(&card.unwrap_or_default()).number(part.at.offset() as u64);
+            let (card, offset) = (Self::card(&part.buffer), part.at.offset());
+            fields = fields.number(u64::from(from)).bytes(&card).number(offset as u64);
             fields = part.at.strides().iter().fold(fields, |f, &s| f.number(s as u64));
         }
         fields

@@ -110,8 +110,14 @@ impl Flags {
         let flags = Self { context, rank, places: Places(size), region, device, windows, opened };
         context.check(registered)?;
         flags.region.word(flags.places.process(rank)).store(u64::from(std::process::id()), Ordering::Release);
-        flags.try_out(between)?;
-        Ok(flags)
+        match flags.try_out(between) {
+            Ok(()) => Ok(flags),
+            Err(error) => {
+                // A stream may still wait in this memory, so it stays.
+                std::mem::forget(flags);
+                Err(error)
+            }
+        }
     }
 
     /// Opens the region that another process named.
@@ -136,9 +142,8 @@ impl Flags {
             context.check(between.wait(stream.raw(), address(held), 1))?;
         }
         self.region.half(held).store(1, Ordering::Release);
-        let through = stream.synchronize("a stream's wait for a flag in shared memory", Duration::from_secs(5));
+        stream.synchronize("a stream's wait for a flag in shared memory", Duration::from_secs(5))?;
         self.region.half(held).store(0, Ordering::Release);
-        through?;
         let left = self.region.half(set).load(Ordering::Acquire);
         if left == 0 {
             return Ok(());

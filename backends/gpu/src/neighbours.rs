@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use longspan_hal::{Error, Result, Transport};
 use longspan_peers::{Fields, Member, Reader};
 
+use crate::abroad::Abroad;
 use crate::context::Context;
 use crate::flags::{Flags, MOST, Places, no_memory};
 use crate::region::{Region, random};
@@ -204,10 +205,13 @@ fn share(
     if let Some(path) = path {
         let _ = std::fs::remove_file(path);
     }
-    Ok(match why? {
-        Some(why) => Err(why),
-        None => Ok(Arc::new(flags?)),
-    })
+    if let Some(why) = why? {
+        return Ok(Err(why));
+    }
+    let flags = Arc::new(flags?);
+    let opened = Abroad::try_out(context, member, &flags)?;
+    let why = first(member, "windows", opened.err().map(|e| e.to_string()))?;
+    Ok(why.map_or(Ok(flags), Err))
 }
 
 /// Opens the memory that rank 0 made.

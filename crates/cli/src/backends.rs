@@ -66,7 +66,9 @@ pub fn what(name: &str) -> &'static str {
         "cpu-nccl-like" => "the same with NCCL's habits: packs what it sends, arrives late",
         "mpi" => "the CPU, with the processes of an MPI job as ranks: mpirun -n 4 longspan run --backend mpi ...",
         "cpu-push" => "the same with senders that write into the receivers' windows",
-        "cuda" => "NVIDIA GPUs: ranks are threads of this process or processes, on devices of their own or on shared ones",
+        "cuda" => {
+            "NVIDIA GPUs: ranks are threads of this process or processes, on devices of their own or on shared ones"
+        }
         "rocm" => "AMD GPUs: ranks are threads of this process or processes, on devices of their own or on shared ones",
         _ => "",
     }

@@ -121,6 +121,9 @@ fn auto_takes_the_library_where_devices_do_not_reach_each_other_or_are_hidden() 
     let far: [(&str, &dyn Fn(usize) -> String); 1] = [("LONGSPAN_EMULATOR_PEERS", &|_| "0".into())];
     right(&run(2, &["--ring", "2"], &far));
     refused(&run(2, &["--ring", "2", "--exchange", "peer"], &far), "can't access memory of device");
+    let closed: [(&str, &dyn Fn(usize) -> String); 1] = [("LONGSPAN_EMULATOR_IPC", &|_| "0".into())];
+    right(&run(2, &["--ring", "2"], &closed));
+    refused(&run(2, &["--ring", "2", "--exchange", "peer"], &closed), "hipIpcOpenMemHandle");
     // Each process sees one device, another one, as number 0.
     let hidden: [(&str, &dyn Fn(usize) -> String); 2] = [
         ("LONGSPAN_EMULATOR_DEVICES", &|_| "1".into()),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::memory;
 use crate::runtime::{device, done, enable_peer, peers_reach, put, stream};
-use crate::state::{code, count, lock, misuse};
+use crate::state::{code, count, fail, lock, misuse};
 
 /// Registered host memory: address to bytes.
 static REGISTERED: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
@@ -45,6 +45,9 @@ pub unsafe extern "C" fn hipIpcOpenMemHandle(pointer: *mut *mut c_void, handle: 
     }
     if handle.0[1] == u64::from(std::process::id()) {
         return misuse(code::CONTEXT, "a process opened its own memory as another's");
+    }
+    if std::env::var("LONGSPAN_EMULATOR_IPC").as_deref() == Ok("0") {
+        return fail(code::INVALID, "memory of other processes can't be opened here");
     }
     let owner = (handle.0[6] >> 32) as u32;
     if owner != device() && !peers_reach() {

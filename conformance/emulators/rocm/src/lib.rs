@@ -26,7 +26,8 @@
 //! Environment: `LONGSPAN_EMULATOR_ARCH` (gfx942), `LONGSPAN_EMULATOR_DEVICES` (8), `LONGSPAN_EMULATOR_MEMORY_MIB` (16384 of
 //! address space a process), `LONGSPAN_EMULATOR_DELAY_US` (100), `LONGSPAN_EMULATOR_SEED` (1), `LONGSPAN_EMULATOR_TIMEOUT_MS`
 //! of communication (30000), `LONGSPAN_EMULATOR_PEERS` (1; 0: no device reaches another's memory), `LONGSPAN_EMULATOR_FIRST_BUS`
-//! (16; where device 0 is plugged in: a process that sees other devices than the rest has another).
+//! (16; where device 0 is plugged in: a process that sees other devices than the rest has another), `LONGSPAN_EMULATOR_IPC` (1; 0:
+//! no memory of another process can be opened, as in some containers).
 
 #![allow(non_snake_case)] // the vendor's names
 
