@@ -88,6 +88,7 @@ pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view:
         (Family::Rdna, _) => &[[2, 4, 1, 16], [2, 2, 1, 16], [2, 1, 1, 16]],
         (_, ..=64) => &[[4, 1, 2, 32]],
         (_, ..=128) if spec.dropout.is_some() => &[[4, 1, 1, 32], [4, 1, 1, 16]],
+        (_, 97..=128) if spec.deterministic => &[[4, 1, 1, 32], [4, 1, 1, 16]],
         (_, ..=128) => &[[4, 1, 2, 16], [4, 1, 1, 16]],
         _ => &[[2, 2, 1, 16], [2, 1, 1, 16]],
     };
