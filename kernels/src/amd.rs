@@ -31,8 +31,11 @@ const fn quad_bytes(rows: u32, dim: u32) -> u32 {
 /// As [`Specialization::forward`].
 pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
     let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
+    // The traveling quads take registers that waves of RDNA don't have for large heads.
+    let quads = target.family == Family::Cdna || d.max(dv) <= 64;
     let bytes = |[waves, m_tiles, keys, held]: [u32; 4]| {
-        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + quad_bytes(keys, dv));
+        let v = if quads { quad_bytes(keys, dv) } else { tile_bytes(keys, dv) };
+        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + v);
         if held == 1 { q.max(block) } else { q + block }
     };
     // Waves, query tiles a wave, keys of a block, whether Q is held in registers.
@@ -54,6 +57,7 @@ pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: 
         format!("M_TILES={m_tiles}"),
         format!("BLOCK_N={keys}"),
         format!("Q_IN_REGISTERS={held}"),
+        format!("V_QUADS={}", u32::from(quads)),
         format!("SHARED_BYTES={}", bytes(tile)),
     ]);
     Ok(Specialization {
