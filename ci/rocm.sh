@@ -26,7 +26,7 @@ gpu)
 emulator | full)
     python3 kernels/ci/compile_amd.py
     cargo test -p longspan-rocm-emulator
-    cargo test -p longspan-rocm --lib --test fragments
+    cargo test -p longspan-rocm --lib --test banks --test fragments
     if [ "${1:-}" = full ]; then
         export LONGSPAN_TIER=full
         for arch in gfx942 gfx90a gfx1100; do LONGSPAN_EMULATOR_ARCH=$arch LONGSPAN_SAMPLE=1 suite; done

@@ -3,7 +3,7 @@
 
     git clone https://github.com/tinygrad/tinygrad            # its emulator is in the repository, not in the package
     pip install numpy
-    python3 kernels/ci/run_amd.py TINYGRAD [--arch gfx942|gfx1100] [--case NAME] [--clang PROGRAM]
+    CC=clang-19 python3 kernels/ci/run_amd.py TINYGRAD [--arch gfx942|gfx1100] [--case NAME] [--clang PROGRAM]
 
 By hand: a case takes minutes. Needs cargo (it runs the example `emit`) and clang with lld, as compile_amd.py does.
 """

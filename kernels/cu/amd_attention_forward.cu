@@ -15,7 +15,8 @@
 // Transposed, the scores are the operand of the second product as they are (see fragments_amd.cuh), and a query's statistics
 // live in the lanes that hold its column. (Papers: see sm80_attention_forward.cu.)
 //
-// Macros: WAVES, M_TILES, BLOCK_N, Q_IN_REGISTERS (otherwise Q stays in shared memory), PARTIAL.
+// Macros: WAVES, M_TILES, BLOCK_N, Q_IN_REGISTERS (otherwise Q stays in shared memory), V_QUADS
+// (V lies in quads), PARTIAL.
 
 struct ForwardParams {
     Problem problem;
@@ -33,7 +34,7 @@ constexpr int BLOCK_M = WAVES * ROWS, KEY_TILES = BLOCK_N / 16, COLUMN_TILES = H
 constexpr int HELD = Q_IN_REGISTERS ? HEAD_DIM / 16 : 1;
 constexpr float LAZY = 8.0f;
 constexpr u32 Q_BYTES = BLOCK_M * pitch<HEAD_DIM>() * 2;
-constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2, V_BYTES = BLOCK_N * HEAD_DIM_V * 2;
+constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2, V_BYTES = BLOCK_N * (V_QUADS ? HEAD_DIM_V : pitch<HEAD_DIM_V>()) * 2;
 // A Q that goes to registers lies where K and V come afterwards.
 constexpr u32 K_AT = Q_IN_REGISTERS ? 0 : Q_BYTES, V_AT = K_AT + K_BYTES;
 static_assert(V_AT % 256 == 0 && BLOCK_N % 16 == 0, "quads");
@@ -144,14 +145,14 @@ DEVICE void drop(Scores &s, const Dropout &d, const Piece &piece, LaneAt at) {
 }
 #endif
 
-// acc^T += V^T P^T, V in quads.
+// acc^T += V^T P^T.
 DEVICE void weigh(Output &acc, const Scores &s, u32 v, int lane) {
     UNROLL for (int kk = 0; kk < KEY_TILES; ++kk) {
         Operand weights[M_TILES];
         UNROLL for (int mt = 0; mt < M_TILES; ++mt) as_operand(weights[mt], s[mt][kk], lane);
         UNROLL for (int j = 0; j < COLUMN_TILES; ++j) {
             Operand values;
-            load_columns<true, HEAD_DIM_V>(values, v, 16 * kk, 16 * j);
+            load_columns<V_QUADS, HEAD_DIM_V>(values, v, 16 * kk, 16 * j);
             UNROLL for (int mt = 0; mt < M_TILES; ++mt) multiply(acc[mt][j], values, weights[mt]);
         }
     }
@@ -231,7 +232,11 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(ForwardParams) p) {
     const u16 *k = ::at<const u16>(p.k, tile.batch, 0, kv), *v = ::at<const u16>(p.v, tile.batch, 0, kv);
 
     Travel<BLOCK_N, HEAD_DIM, THREADS> keys;
+#if V_QUADS
     TravelByQuads<BLOCK_N, HEAD_DIM_V, THREADS> values;
+#else
+    Travel<BLOCK_N, HEAD_DIM_V, THREADS> values;
+#endif
     u32 piece_index = tile.first;
     const u32 end_piece = tile.first + tile.count;
     int key = 0;
@@ -245,7 +250,7 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(ForwardParams) p) {
     barrier();
     const u32 lane_q = base + offset<HEAD_DIM>(wave * ROWS, 0) + lane_by_rows<HEAD_DIM>(lane);
     const u32 lane_k = base + K_AT + lane_by_rows<HEAD_DIM>(lane);
-    const u32 lane_v = base + V_AT + lane_by_columns<true, HEAD_DIM_V>(lane);
+    const u32 lane_v = base + V_AT + lane_by_columns<V_QUADS, HEAD_DIM_V>(lane);
     Operand held[M_TILES][HELD];
     if (Q_IN_REGISTERS)
         UNROLL for (int mt = 0; mt < M_TILES; ++mt)
@@ -266,7 +271,11 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(ForwardParams) p) {
         const int last_row = first_row + ROWS - 1, last_key = key + BLOCK_N - 1, first_key = key;
         barrier();  // nobody reads the block before any more
         keys.store(base + K_AT);
+#if V_QUADS
         values.store_quads(base + V_AT);
+#else
+        values.store(base + V_AT);
+#endif
         barrier();
         key += BLOCK_N;
         if (key >= piece.k1 && ++piece_index < end_piece) key = pieces[piece_index].k0;

@@ -31,8 +31,11 @@ const fn quad_bytes(rows: u32, dim: u32) -> u32 {
 /// As [`Specialization::forward`].
 pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: View) -> Result<Specialization> {
     let (d, dv) = (tiled(spec.head_dim, target), tiled(spec.head_dim_v, target));
+    // The traveling quads take registers that waves of RDNA don't have for large heads.
+    let quads = target.family == Family::Cdna || d.max(dv) <= 64;
     let bytes = |[waves, m_tiles, keys, held]: [u32; 4]| {
-        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + quad_bytes(keys, dv));
+        let v = if quads { quad_bytes(keys, dv) } else { tile_bytes(keys, dv) };
+        let (q, block) = (tile_bytes(16 * m_tiles * waves, d), tile_bytes(keys, d) + v);
         if held == 1 { q.max(block) } else { q + block }
     };
     // Waves, query tiles a wave, keys of a block, whether Q is held in registers.
@@ -54,6 +57,7 @@ pub(crate) fn forward(backend: &'static str, spec: &Spec, target: Target, view: 
         format!("M_TILES={m_tiles}"),
         format!("BLOCK_N={keys}"),
         format!("Q_IN_REGISTERS={held}"),
+        format!("V_QUADS={}", u32::from(quads)),
         format!("SHARED_BYTES={}", bytes(tile)),
     ]);
     Ok(Specialization {
@@ -88,6 +92,7 @@ pub(crate) fn backward(backend: &'static str, spec: &Spec, target: Target, view:
         (Family::Rdna, _) => &[[2, 4, 1, 16], [2, 2, 1, 16], [2, 1, 1, 16]],
         (_, ..=64) => &[[4, 1, 2, 32]],
         (_, ..=128) if spec.dropout.is_some() => &[[4, 1, 1, 32], [4, 1, 1, 16]],
+        (_, 97..=128) if spec.deterministic => &[[4, 1, 1, 32], [4, 1, 1, 16]],
         (_, ..=128) => &[[4, 1, 2, 16], [4, 1, 1, 16]],
         _ => &[[2, 2, 1, 16], [2, 1, 1, 16]],
     };

@@ -48,7 +48,7 @@ pub fn run(kernel: &Kernel<'_>, input: &[u16], words: usize) -> Vec<u32> {
 fn compile(kernel: &Kernel<'_>, name: &CString) -> Vec<u8> {
     let dtype = if kernel.bf16 { "-DIO_BF16=1" } else { "-DIO_F16=1" };
     let tile = "HEAD_DIM=16 HEAD_DIM_V=16 EXACT=1 ALIGNED=1 SOFTCAP=0 ALIBI=0 DROPOUT=0 TRANSFORM=0 PARTIAL=0 WAVES=1 M_TILES=1 \
-                BLOCK_N=16 Q_IN_REGISTERS=0 SHARED_BYTES=2048";
+                BLOCK_N=16 Q_IN_REGISTERS=0 V_QUADS=1 SHARED_BYTES=2048";
     let options: Vec<CString> = [format!("--offload-arch={}", kernel.arch), "-std=c++17".into(), dtype.into()]
         .into_iter()
         .chain(tile.split_whitespace().map(|d| format!("-D{d}")))
