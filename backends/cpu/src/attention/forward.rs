@@ -121,9 +121,15 @@ impl Forward {
         let [q, acc, m, l, rows, k, v, s, beta, keep] = scratch.parts(lengths);
         let mut blocks = self.blocks(tile, unit, ld, [q, acc, m, l]);
         for slice in &self.plan.slices[tile.slices.clone()] {
-            let seen = Band::new(slice, &tile.rows, &(0..spec.k_rows), 0).all();
-            let skipped = (seen.start - slice.k.start as usize) / FORWARD_KEYS * FORWARD_KEYS;
-            for from in (slice.k.start as usize + skipped..seen.end).step_by(FORWARD_KEYS) {
+            let seen_by = |rows: &Range<usize>| Band::new(slice, rows, &(0..spec.k_rows), 0).all();
+            let seen = seen_by(&tile.rows);
+            if seen.is_empty() {
+                continue;
+            }
+            // Counted from the first key that the slice selects, wherever its rows are cut.
+            let first = seen_by(&(slice.q.start as usize..slice.q.end as usize)).start;
+            let skipped = (seen.start - first) / FORWARD_KEYS * FORWARD_KEYS;
+            for from in (first + skipped..seen.end).step_by(FORWARD_KEYS) {
                 let keys = from..(from + FORWARD_KEYS).min(seen.end);
                 self.pack(tile.batch, unit.kv_head, &keys, ld, [rows, k, v]);
                 let keys = Keys { slice, rows: keys, k: &*k, v: &*v };

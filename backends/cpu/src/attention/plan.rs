@@ -8,7 +8,7 @@
 //! ```
 //!
 //! How many blocks the forward's tasks have follows from the number of threads. What a row becomes does not: rows are independent,
-//! blocks start at the same rows whatever the tile, and tiles of keys where their slice starts.
+//! blocks start at the same rows whatever the tile, and tiles of keys are counted from the first key of their slice.
 
 use std::ops::Range;
 
