@@ -124,9 +124,11 @@ KERNEL(THREADS, 1) attention_backward_dq(PARAMS(BackwardParams) p) {
     const u32 wave_o = base + Q_BYTES + offset<HEAD_DIM_V>(wave * 16, 0) + lane_by_rows<HEAD_DIM_V>(lane);
     Queries<HEAD_DIM> held_q;
     Queries<HEAD_DIM_V> held_o;
+#if HELD
     barrier();
     hold<HEAD_DIM>(held_q, wave_q);
     hold<HEAD_DIM_V>(held_o, wave_o);
+#endif
     const u32 k_columns = base + (HELD ? K_QUADS_AT : K_AT) + lane_by_columns<HELD, HEAD_DIM>(lane);
 
     while (piece_index < end_piece) {
