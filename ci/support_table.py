@@ -2,7 +2,7 @@
 """Writes the README's support table from the suite's results.
 
     longspan conformance --backend cpu --tier full --json target/conformance/plain.json
-    python3 ci/support_table.py target/conformance/*.json            # rewrites README.md
+    python3 ci/support_table.py target/conformance/*.json            # rewrites README.md; other backends' rows stay
     python3 ci/support_table.py --check target/conformance/*.json    # fails if a backend of the results is not in it
 
 Each row says where and when its numbers come from. Standard library only.
@@ -28,11 +28,13 @@ def main():
     if check:
         missing = [report["backend"] for report in reports if f"| `{report['backend']}` |" not in old]
         sys.exit(f"not in the README's table: {', '.join(missing)}" if missing else 0)
-    README.write_text(before + BEGIN + table(reports) + END + after, encoding="utf-8")
+    README.write_text(before + BEGIN + table(old, reports) + END + after, encoding="utf-8")
 
 
-def table(reports):
-    lines = [HEAD, ["---"] * len(HEAD), *(row(report) for report in sorted(reports, key=lambda r: r["backend"]))]
+def table(old, reports):
+    rows = {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in old.splitlines()[2:])}
+    rows |= {cells[0]: cells for cells in map(row, reports)}
+    lines = [HEAD, ["---"] * len(HEAD), *(rows[name] for name in sorted(rows, key=lambda name: name.strip("`")))]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
