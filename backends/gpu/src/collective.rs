@@ -69,9 +69,9 @@ impl GpuCollective {
                 context.enable_peers(&devices)?;
                 (Wire::Peer, Mail::Letters(letters))
             }
-            Way::Processes(flags) => {
+            Way::Processes(flags, beside) => {
                 let mail = Mail::Flags(Arc::clone(&flags));
-                (Wire::Abroad(Abroad::new(context, flags)), mail)
+                (Wire::Abroad(Abroad::new(context, flags, beside)), mail)
             }
             Way::Nccl { threads: true } => {
                 (Wire::Nccl(Arc::new(Comm::new(context, &member)?), None), Mail::Letters(letters))

@@ -10,7 +10,7 @@
 //!   for p in senders to me:     await `arrived` of p
 //! ```
 //!
-//! Copies side by side hide each other's start.
+//! Copies side by side hide each other's start, and the local one, which is a kernel, is hidden by those of the engines.
 //!
 //! The host waits until its peers have *queued* their part, never until the device did it; the stream waits for the device.
 //! Between threads a point is an event in a letter, which also says where messages arrive. Every event is recorded before
@@ -163,11 +163,13 @@ impl Round<'_> {
     fn copy(&self, on: &GpuStream, exchange: &GpuExchange, sends: &[Part], peer: u32, to: &[Part]) -> Result<()> {
         let from = exchange.draft.sends_to(peer).map(|i| &sends[i]);
         let mut jobs = Vec::new();
+        let mut near = true;
         for (from, to) in from.zip(to) {
             to.buffer.used_on(self.on)?;
+            near &= to.buffer.is_near(on.context());
             jobs.extend(Job::new(from.place(), to.place()));
         }
-        copy::queue(on, jobs)
+        if near { copy::local(on, jobs) } else { copy::remote(on, jobs) }
     }
 
     /// Meets `peers`: what they queued before happens before what this rank queues afterwards.
