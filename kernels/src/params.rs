@@ -280,7 +280,7 @@ pub struct Region {
     pub from: Tensor,
     /// Written.
     pub to: Tensor,
-    /// Sizes `[batch, row, head, dim]`.
+    /// Sizes `[batch, row, head, dim]`; up to 2^31 units in all.
     pub extent: [u32; 4],
 }
 

@@ -33,10 +33,14 @@ struct Axis {
     to: usize,
 }
 
-/// Shortest rows that a copy engine is given.
-const ENGINE_ROW: usize = 64;
+/// Shortest rows that a copy engine is given: statistics of two heads.
+const ENGINE_ROW: usize = 8;
 /// The most 2D copies that one strided copy is cut into.
 const ENGINE_PIECES: usize = 16;
+/// The most bytes of one region of the kernel, whose units have two at least.
+const KERNEL_BYTES: usize = 1 << 32;
+/// The largest pitch that drivers take.
+const ENGINE_PITCH: usize = i32::MAX as usize;
 
 impl Form {
     /// The form of a copy between tensors of equal dtype and extent; `None` for empty ones.
@@ -79,7 +83,9 @@ impl Form {
 
     /// Whether rows with a pitch serve it well.
     pub(crate) fn suits_engine(&self) -> bool {
-        self.is_plain() || (self.run >= ENGINE_ROW && self.pieces().1 <= ENGINE_PIECES)
+        let (rows, pieces) = self.pieces();
+        let pitch = self.axes.get(rows).map_or(0, |axis| axis.from.max(axis.to));
+        self.is_plain() || (self.run >= ENGINE_ROW && pieces <= ENGINE_PIECES && pitch <= ENGINE_PITCH)
     }
 
     /// The axis of the rows of a 2D copy, and how many such copies are needed.
@@ -139,6 +145,26 @@ impl Job {
     pub(crate) fn new((from, at_from): (Address, &Strided), (to, at_to): (Address, &Strided)) -> Option<Self> {
         Form::of(at_from, at_to).map(|form| Self { form, from, to })
     }
+
+    /// Halves, until each has so few units that the kernel can count them.
+    fn countable(&self) -> Vec<Self> {
+        let axes = &self.form.axes;
+        let longest = (0..axes.len()).max_by_key(|&i| axes[i].count);
+        let bytes = axes.iter().fold(self.form.run, |bytes, axis| bytes * axis.count);
+        let Some(longest) = longest.filter(|&i| bytes > KERNEL_BYTES && axes[i].count > 1) else {
+            return vec![self.clone()];
+        };
+        let axis = axes[longest];
+        let half = axis.count / 2;
+        let part = |first: usize, count: usize| {
+            let mut part = self.clone();
+            part.form.axes[longest].count = count;
+            part.from += (first * axis.from) as Address;
+            part.to += (first * axis.to) as Address;
+            part.countable()
+        };
+        [part(0, half), part(half, axis.count - half)].concat()
+    }
 }
 
 /// Queues copies within the stream's device. The context is bound.
@@ -197,7 +223,8 @@ fn by_engine(on: &GpuStream, job: &Job) -> Result<()> {
 }
 
 fn by_kernel(on: &GpuStream, jobs: &[Job]) -> Result<()> {
-    let regions = jobs.iter().map(|job| job.form.region(job.from, job.to)).collect::<Result<Vec<_>>>()?;
+    let jobs = jobs.iter().flat_map(Job::countable);
+    let regions = jobs.map(|job| job.form.region(job.from, job.to)).collect::<Result<Vec<_>>>()?;
     for unit in [2, 4, 8, 16] {
         let same: Vec<Region> = regions.iter().filter(|(u, _)| *u == unit).map(|(_, region)| *region).collect();
         for batch in same.chunks(MAX_REGIONS) {
@@ -213,7 +240,7 @@ fn launch_copy(on: &GpuStream, unit: u32, batch: &[Region]) -> Result<()> {
     params.regions[..batch.len()].copy_from_slice(batch);
     let units = |region: &Region| region.extent.iter().map(|n| *n as usize).product::<usize>();
     let most = batch.iter().map(units).max().unwrap_or(0);
-    // A few elements a thread; enough blocks to fill the device, not more.
+    // Four units a thread; enough blocks to fill the device, not more.
     let blocks = most.div_ceil(kernel.threads as usize * 4).clamp(1, 16 * on.context().figures.units.max(1) as usize);
     kernel.launch(on, 0, Grid { x: blocks, y: batch.len() }, &params)
 }
@@ -355,6 +382,21 @@ mod tests {
         let form = Form::of(&cut, &Strided::dense(DType::Bf16, cut.extent())).expect("not empty");
         assert_eq!(form, Form { run: 256, axes: vec![Axis { count: 128, from: 1024, to: 256 }] });
         assert!(form.suits_engine() && !form.is_plain());
+    }
+
+    #[test]
+    fn what_the_kernel_cannot_count_is_halved() {
+        let form =
+            Form { run: 6, axes: vec![Axis { count: 5, from: 16, to: 8 }, Axis { count: 1 << 29, from: 80, to: 40 }] };
+        let parts = Job { form, from: 4, to: 2 }.countable();
+        let bytes = |job: &Job| job.form.axes.iter().fold(job.form.run, |n, axis| n * axis.count);
+        assert!(parts.len() > 1 && parts.iter().all(|part| bytes(part) <= KERNEL_BYTES));
+        assert_eq!(parts.iter().map(bytes).sum::<usize>(), 30 << 29);
+        let mut rows = 0;
+        for part in &parts {
+            assert_eq!((part.from - 4, part.to - 2), (80 * rows, 40 * rows), "each goes on where the last ended");
+            rows += part.form.axes[1].count as Address;
+        }
     }
 
     #[test]
