@@ -80,6 +80,11 @@ impl<'a, B: Backend> Run<'a, B> {
         self.spanned(Work::Compute, self.compute, Step { phase: "sum", index: index as u32 }, 0, queue)
     }
 
+    /// Queues copies of this rank's own results of head group `group` on the caller's stream.
+    pub fn keep(&self, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.spanned(Work::Compute, self.compute, Step { phase: "keep", index: group as u32 }, 0, queue)
+    }
+
     /// Queues copies and sums of what came for head group `group` on the transfer stream.
     pub fn collect(&self, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
         self.spanned(Work::Collect, self.transfer, Step { phase: "collect", index: group as u32 }, 0, queue)

@@ -7,12 +7,16 @@
 //! gather(g):  for each Ulysses rank p, each input tensor x:
 //!                 send     x[my rows, heads(p, g)]           -> p
 //!                 receive  block[rows of p, my heads(g)]     <- p
-//! give_back(g): for each Ulysses rank p, each output tensor y:
+//! give_back(g): for each other Ulysses rank p, each output tensor y:
 //!                 send     block[rows of p, my heads(g)]     -> p
 //!                 receive  packed[my rows, heads(p, g)]      <- p
-//! collect(g): copy `packed` to the caller's tensors; f32 contributions to replicated KV heads are summed instead,
-//!             in the order of groups and ranks, and rounded once at the end.
+//!               copy block[my rows, my heads(g)] to the caller's tensors, behind the compute of g
+//! collect(g): copy `packed` to the caller's tensors; f32 contributions to replicated KV heads, the own ones too, are
+//!             summed instead, in the order of groups and ranks, and rounded once at the end.
 //! ```
+//!
+//! A rank's own results are copied on the compute stream: a kernel on the transfer stream would wait for the attention of the
+//! next group, and what is queued behind it with it.
 //!
 //! Head counts need not divide: see [`crate::heads`]. Joint tokens are a second source of rows; after the last group every
 //! rank shares its joint rows of the results with all ranks, so replicas are bitwise equal.
@@ -74,8 +78,28 @@ impl<B: Backend> Ulysses<B> {
         run.order(run.compute, run.transfer)?;
         let outputs = self.outputs(run, g)?;
         let sources: Vec<_> = outputs.iter().map(ViewMut::read).collect();
+        run.keep(g, || self.keep(run, g, &sources, targets))?;
         run.exchange(&self.give_back[g], &sources)?;
         run.collect(g, || self.collect(run, g, targets))
+    }
+
+    /// Copies this rank's own part of the results of group `g`.
+    fn keep(
+        &self,
+        run: &Run<'_, B>,
+        g: usize,
+        results: &[View<'_, B::Device>],
+        targets: &[Target<'_, B>],
+    ) -> Result<()> {
+        for (i, kind) in self.layout.outputs.iter().enumerate().filter(|(i, _)| self.sum(*i).is_none()) {
+            let heads = kind.heads(run.plan, g);
+            for (part, segment) in kind.rows(run.plan).segments(run.plan.at).into_iter().enumerate() {
+                if let Some(into) = self.own(run, i, part, targets)? {
+                    run.copy(run.compute, results[i].narrow(1, segment.block)?, into.narrow(2, heads.clone())?)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn collect(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
@@ -84,7 +108,9 @@ impl<B: Backend> Ulysses<B> {
             let (places, heads) = plan.cut.packed(g, kind.which);
             let [batch, rows, _, dim] = self.layout.packed[i].at.extent();
             let packed = run.workspace.view(&self.layout.packed[i].with_extent([batch, rows, heads, dim])?)?;
-            for (u, place) in places.iter().enumerate() {
+            let summed = self.sum(i).is_some();
+            let came = places.iter().enumerate().filter(|(u, _)| summed || *u != plan.at.ulysses as usize);
+            for (u, place) in came {
                 let of_rank = kind.which.of(plan.cut.of(g, u)).clone();
                 for (part, rows) in local_parts(plan, *kind).into_iter().enumerate() {
                     let came = packed.narrow(1, rows.clone())?.narrow(2, place.clone())?;
@@ -109,6 +135,8 @@ impl<B: Backend> Ulysses<B> {
             return Ok(());
         };
         let own = joint.own.iter().map(|r| run.workspace.view(r)).collect::<Result<Vec<_>>>()?;
+        // Some of them were kept on the compute stream.
+        run.order(run.compute, run.transfer)?;
         run.exchange(share, &own)?;
         for (all, target) in joint.all.iter().zip(targets) {
             run.copy(run.transfer, run.workspace.view(all)?, target.joint.ok_or_else(|| missing("joint"))?)?;

@@ -19,7 +19,8 @@ pub(crate) struct Kind {
 }
 
 impl Kind {
-    fn rows<'a>(&self, plan: &'a Plan) -> &'a Rows {
+    /// Rows of the tensor.
+    pub fn rows<'a>(&self, plan: &'a Plan) -> &'a Rows {
         match self.which {
             Which::Kv => &plan.k,
             Which::Query => &plan.q,
@@ -204,12 +205,13 @@ fn gather(plan: &Plan, g: usize, kinds: &[Kind], blocks: &[Region]) -> Result<Me
     Ok(messages)
 }
 
-/// Sources are the outputs of the block.
+/// Sources are the outputs of the block. A rank sends itself only what is summed.
 fn give_back(plan: &Plan, g: usize, kinds: &[Kind], packed: &[Region]) -> Result<Messages> {
     let mut messages = Messages::default();
     let batch = plan.problem.batch;
+    let summed = |kind: &Kind| plan.cut.replicates() && matches!(kind.which, Which::Kv);
     for (u, at, peer) in peers(plan) {
-        for (i, kind) in kinds.iter().enumerate() {
+        for (i, kind) in kinds.iter().enumerate().filter(|(_, kind)| at != plan.at || summed(kind)) {
             let mine = kind.heads(plan, g).len();
             for Segment { block, .. } in kind.rows(plan).segments(at) {
                 messages.sends.push(Send {
