@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use longspan_hal::{Result, Step};
 
@@ -42,6 +42,8 @@ struct State {
 /// Letters of the groups of this process, by the group's id.
 static GROUPS: Mutex<BTreeMap<Vec<u8>, Weak<Letters>>> = Mutex::new(BTreeMap::new());
 
+/// How long a wait looks again and again before it sleeps: waking up takes longer than most letters.
+const AWAKE: Duration = Duration::from_micros(100);
 /// How long a wait does not look at the group's fault.
 const NAP: Duration = Duration::from_millis(5);
 
@@ -102,7 +104,7 @@ impl Letters {
         round: Tag,
         deadline: Deadline,
     ) -> Result<Letter> {
-        let me = group.rank();
+        let (me, start) = (group.rank(), Instant::now());
         let mut state = lock(&self.state);
         loop {
             if let Some(letter) = state.letters.get_mut(&(topic, from, me)).and_then(VecDeque::pop_front) {
@@ -114,6 +116,12 @@ impl Letters {
                 drop(state);
                 group.alive(round.call)?;
                 return Err(group.stuck(0, from, round.call));
+            }
+            if start.elapsed() < AWAKE {
+                drop(state);
+                std::thread::yield_now();
+                state = lock(&self.state);
+                continue;
             }
             // Whoever ends the group tells the board, not every letter box.
             group.alive(round.call)?;
