@@ -2,7 +2,8 @@
 // rescaling and the partial's form are those of sm80_attention_forward.cu.
 //
 //   one resident block per multiprocessor; its warps have these roles:
-//     planner (one warp)            gets tiles of query rows from a common counter (longest first), ahead of time
+//     planner (one warp)            gets tiles of query rows from a common counter (longest first), each when the tile before
+//                                   it comes to its last block
 //     producer (one warp)           for each tile, for each block of BLOCK_N keys of the tile's pieces:
 //                                       wait until a stage is free; describe the block; start the copies of Q, K, V
 //     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
@@ -76,9 +77,9 @@ constexpr int PIECE_WORDS = sizeof(Piece) / 4, TILE_WORDS = sizeof(Tile) / 4;
 // Memory barriers, then descriptions of blocks and tiles.
 constexpr u32 FULL_K = WORDS_AT, FULL_V = FULL_K + 8 * STAGES, FREE_K = FULL_V + 8 * STAGES, FREE_V = FREE_K + 8 * STAGES;
 constexpr u32 FULL_Q = FREE_V + 8 * STAGES, FREE_Q = FULL_Q + 8 * Q_STAGES, RAW_V = FREE_Q + 8 * Q_STAGES;
-constexpr u32 FULL_W = RAW_V + 8, FREE_W = FULL_W + 8 * WORKS;
+constexpr u32 FULL_W = RAW_V + 8, NEXT_W = FULL_W + 8 * WORKS;
 constexpr u32 BLOCKS_AT = WORDS_AT + 160, WORKS_AT = BLOCKS_AT + BLOCKS * sizeof(Block);
-static_assert(FREE_W + 8 * WORKS <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
+static_assert(NEXT_W + 8 <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
 
 // ---- the producer ----
 
@@ -170,6 +171,12 @@ struct Producer {
         if (turn > 0) values();
     }
 
+    // For the next tile. Not before this one's last block: who asks early may get more than its share of the last tiles.
+    DEVICE void ask() {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + NEXT_W);
+    }
+
     DEVICE void run() {
         const Piece *pieces = reinterpret_cast<const Piece *>(p.call.problem.pieces);
         for (;; ++tiles) {
@@ -181,13 +188,14 @@ struct Producer {
                 const int end = piece.k1;
                 u32 flags = i == 0 ? FIRST : 0;
                 for (int key = piece.k0; key < end; key += BLOCK_N) {
-                    if (i + 1 == work.tile.count && key + BLOCK_N >= end) flags |= LAST;
+                    if (i + 1 == work.tile.count && key + BLOCK_N >= end) {
+                        flags |= LAST;
+                        ask();
+                    }
                     keys(work, piece, key, flags);
                     flags = 0;
                 }
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(base + FREE_W + 8 * (tiles % WORKS));
         }
         end();
     }
@@ -260,14 +268,13 @@ DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, 
                                                                     : u32(end);
             const u32 *from = lane < PIECE_WORDS ? piece + lane : reinterpret_cast<const u32 *>(tile) + lane - PIECE_WORDS;
             const u32 word = !end && lane < PIECE_WORDS + TILE_WORDS ? *from : last;
-            barrier_wait(base + FREE_W + 8 * (count % WORKS), count / WORKS & 1 ^ 1);
             if (lane < int(sizeof(Work) / 4))
                 reinterpret_cast<u32 *>(memory + WORKS_AT + count % WORKS * sizeof(Work))[lane] = word;
             __syncwarp();
             if (lane == 0) barrier_arrive(base + FULL_W + 8 * (count % WORKS));
-            ++count;
+            if (end) return;
+            barrier_wait(base + NEXT_W, count++ & 1);
         }
-        if (end) return;
         u32 taken = 0;
         if (lane == 0) taken = take_number(reinterpret_cast<u32 *>(p.counter));
         index = gridDim.x + uniform(taken);
@@ -599,10 +606,8 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
             barrier_init(base + FREE_Q + 8 * i, 4 * GROUPS);
         }
         barrier_init(base + RAW_V, 1);
-        UNROLL for (int i = 0; i < WORKS; ++i) {
-            barrier_init(base + FULL_W + 8 * i, 1);
-            barrier_init(base + FREE_W + 8 * i, 1);
-        }
+        barrier_init(base + NEXT_W, 1);
+        UNROLL for (int i = 0; i < WORKS; ++i) barrier_init(base + FULL_W + 8 * i, 1);
         fence_proxy();
     }
     barrier();
