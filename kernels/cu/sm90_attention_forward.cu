@@ -18,6 +18,9 @@
 //
 // Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows.
 //
+// A group skips the products of a block that it does not see, but adds 0 V, so that its list of blocks runs on as the others'
+// do. A tile that sees no key is one such block for all groups, whose V is all zeros.
+//
 // Macros: BLOCK_N, GROUPS, STAGES, Q_STAGES, PARTIAL, REGISTERS (of a consumer), PRODUCER_REGISTERS.
 
 struct ForwardParams {
@@ -52,7 +55,8 @@ enum : u32 {
     FIRST = 1,   // of a tile: Q comes with it
     LAST = 2,    // of a tile
     END = 4,     // no more work
-    MASKED = 8   // << group: not all pairs are selected
+    MASKED = 8,  // << group: not all pairs are selected
+    BLIND = 64   // << group: none is
 };
 struct Block {
     Piece piece;
@@ -61,8 +65,7 @@ struct Block {
     u32 flags, head, q_stage;
 };
 static_assert(sizeof(Block) == 96, "layout");
-constexpr int BLOCKS = 4;  // more than STAGES: a description is read until the block's last product
-static_assert(STAGES < BLOCKS, "descriptions");
+constexpr int BLOCKS = STAGES + 2;  // a description is read until the block's last product
 
 // What the planner tells about a tile.
 struct Work {
@@ -105,13 +108,14 @@ struct Producer {
                      {64 * i, int(work.tile.row0), int(work.head), int(work.tile.batch)}, base + FULL_Q + 8 * stage);
     }
 
-    // Bits of the groups that must mask.
-    DEVICE u32 masked(int row0, const Piece &piece, int key) {
+    // Bits of the groups that see a part of the block, or nothing of it.
+    DEVICE u32 seen(const Tile &tile, const Piece &piece, int key) {
         u32 flags = 0;
-        const int last_key = key + BLOCK_N - 1;
+        const int end = int(tile.row0 + tile.rows), last_key = key + BLOCK_N - 1;
         UNROLL for (int g = 0; g < GROUPS; ++g) {
-            const int first = row0 + 64 * g, last = first + 63;
+            const int first = int(tile.row0) + 64 * g, last = first + 63;
             if (last_key >= piece.k1 || last_key - first > piece.hi || key - last < piece.lo) flags |= MASKED << g;
+            if (first >= end || key >= piece.k1 || key - last > piece.hi || last_key - first < piece.lo) flags |= BLIND << g;
         }
         return flags;
     }
@@ -139,7 +143,7 @@ struct Producer {
     // Describes a block and copies its K, and V of the block before. A lane writes a word of the description.
     DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
         const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
-        flags |= masked(work.tile.row0, piece, key);
+        flags |= seen(work.tile, piece, key);
         const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? u32(key)
                          : lane == PIECE_WORDS + TILE_WORDS + 1 ? flags
                          : lane == PIECE_WORDS + TILE_WORDS + 2 ? work.head
@@ -183,73 +187,29 @@ struct Producer {
             barrier_wait(base + FULL_W + 8 * (tiles % WORKS), tiles / WORKS & 1);
             const Work &work = reinterpret_cast<const Work *>(memory + WORKS_AT)[tiles % WORKS];
             if (work.end) break;
-            for (u32 i = 0; i < work.tile.count; ++i) {
+            // A tile that sees no key has one block of an empty piece.
+            u32 i = 0;
+            do {
                 const Piece &piece = i == 0 ? work.first : pieces[work.tile.first + i];
                 const int end = piece.k1;
                 u32 flags = i == 0 ? FIRST : 0;
-                for (int key = piece.k0; key < end; key += BLOCK_N) {
-                    if (i + 1 == work.tile.count && key + BLOCK_N >= end) {
+                int key = piece.k0;
+                do {
+                    if (i + 1 >= work.tile.count && key + BLOCK_N >= end) {
                         flags |= LAST;
                         ask();
                     }
                     keys(work, piece, key, flags);
                     flags = 0;
-                }
-            }
+                    key += BLOCK_N;
+                } while (key < end);
+            } while (++i < work.tile.count);
         }
         end();
     }
 };
 
 // ---- the planner ----
-
-// The results of a tile that sees no key: what an earlier call left, or nothing. 32 rows at a time: a lane works out the
-// factor of its row, then all lanes go over the columns of 4 rows at once, so that their loads are under way together.
-DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
-    const bool load = PARTIAL && (c.stage & 1), store = PARTIAL && (c.stage & 2);
-    if (load && store) return;
-    const int dim = c.problem.head_dim_v, end = int(t.row0 + t.rows);
-    const float sink = c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
-    for (int row0 = t.row0; row0 < end; row0 += WARP) {
-        const int own = row0 + lane;
-        [[maybe_unused]] float factor = 0.0f;
-        if (own < end && store) {
-            *at<float>(c.m, t.batch, own, head) = -INFINITY_F;
-            *at<float>(c.l, t.batch, own, head) = 0.0f;
-        } else if (own < end) {
-            const float m = load ? *at<const float>(c.m, t.batch, own, head) * LOG2E : -INFINITY_F;
-            const float before = load ? *at<const float>(c.l, t.batch, own, head) : 0.0f;
-            const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
-            const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
-            factor = l == 0.0f ? 0.0f : by / l;
-            *at<float>(c.lse, t.batch, own, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
-        }
-#if PARTIAL
-        for (int some = 0; some < WARP && row0 + some < end; some += 4) {
-            float scale[4];
-            UNROLL for (int i = 0; i < 4; ++i) scale[i] = __shfl_sync(0xffffffffu, factor, some + i);
-            for (int column = lane; column < dim; column += WARP) {
-                float x[4];
-                UNROLL for (int i = 0; i < 4; ++i) {
-                    const int row = row0 + some + i;
-                    x[i] = load && row < end ? at<const float>(c.acc, t.batch, row, head)[column] * scale[i] : 0.0f;
-                }
-                UNROLL for (int i = 0; i < 4; ++i) {
-                    const int row = row0 + some + i;
-                    if (row >= end) continue;
-                    if (store)
-                        at<float>(c.acc, t.batch, row, head)[column] = 0.0f;
-                    else
-                        at<u16>(c.out, t.batch, row, head)[column] = narrow(x[i]);
-                }
-            }
-        }
-#else
-        for (int row = row0; row < end && row < row0 + WARP; ++row)
-            for (int column = lane; column < dim; column += WARP) at<u16>(c.out, t.batch, row, head)[column] = 0;
-#endif
-    }
-}
 
 DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, int lane) {
     const Problem &problem = p.call.problem;
@@ -259,15 +219,16 @@ DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, 
         const bool end = index >= total;
         const Place where = end ? Place{0, 0} : place_of(problem, problem.heads, index);
         const Tile *tile = reinterpret_cast<const Tile *>(problem.tiles) + where.tile;
-        if (!end && tile->count == 0) {
-            settle(p.call, *tile, where.head, lane);
-        } else {
-            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (end ? 0 : tile->first));
+        // To load and store the partial of a tile that sees no key changes nothing.
+        if (end || tile->count || !PARTIAL || p.call.stage != 3) {
+            const bool some = !end && tile->count;
+            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (some ? tile->first : 0));
             const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? where.head
                              : lane == PIECE_WORDS + TILE_WORDS + 1 ? kv_head(problem, where.head)
                                                                     : u32(end);
             const u32 *from = lane < PIECE_WORDS ? piece + lane : reinterpret_cast<const u32 *>(tile) + lane - PIECE_WORDS;
-            const u32 word = !end && lane < PIECE_WORDS + TILE_WORDS ? *from : last;
+            const bool there = lane < PIECE_WORDS ? some : !end && lane < PIECE_WORDS + TILE_WORDS;
+            const u32 word = there ? *from : last;
             if (lane < int(sizeof(Work) / 4))
                 reinterpret_cast<u32 *>(memory + WORKS_AT + count % WORKS * sizeof(Work))[lane] = word;
             __syncwarp();
@@ -495,8 +456,11 @@ struct Consumer {
         if (block.flags & LAST) barrier_arrive(base + FREE_Q + 8 * block.q_stage);
     }
 
+    // Whoever frees values waits for them first, used or not: only then the turn before is over for all.
+    DEVICE void wait_values(u32 turn) { barrier_wait(base + FULL_V + 8 * (turn % STAGES), turn / STAGES & 1); }
+
     DEVICE void start_values(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 turn) {
-        barrier_wait(base + FULL_V + 8 * (turn % STAGES), turn / STAGES & 1);
+        wait_values(turn);
         weigh(acc, weights, base + V_AT + turn % STAGES * V_BYTES);
     }
 
@@ -561,24 +525,38 @@ struct Consumer {
             if (flags & FIRST) wait_queries(next);
             pin(acc);
             pin(weights);
-            start_scores(s, next, turn);
-            start_values(acc, weights, turn - 1);
-            products_wait<1>();
-            pin(s);
-            free_keys(next, turn);
-            if (flags & FIRST) {
+            if (!(flags & BLIND << group)) {
+                start_scores(s, next, turn);
+                start_values(acc, weights, turn - 1);
+                products_wait<1>();
+                pin(s);
+                free_keys(next, turn);
+                if (flags & FIRST) {
+                    products_wait<0>();
+                    pin(acc);
+                    end_tile(*block, acc);
+                    start_tile(next, acc);
+                }
+                const float2 by = softmax(s, next);
                 products_wait<0>();
                 pin(acc);
-                end_tile(*block, acc);
-                start_tile(next, acc);
+                pin(weights);
+                free_values(turn - 1);
+                rescale(acc, by);
+                UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+            } else {
+                start_values(acc, weights, turn - 1);
+                free_keys(next, turn);
+                products_wait<0>();
+                pin(acc);
+                pin(weights);
+                free_values(turn - 1);
+                if (flags & FIRST) {
+                    end_tile(*block, acc);
+                    start_tile(next, acc);
+                }
+                UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) UNROLL for (int e = 0; e < 4; ++e) weights[i][e] = 0;
             }
-            const float2 by = softmax(s, next);
-            products_wait<0>();
-            pin(acc);
-            pin(weights);
-            free_values(turn - 1);
-            rescale(acc, by);
-            UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
             block = &next;
         }
         pin(acc);
