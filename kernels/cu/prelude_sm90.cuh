@@ -123,6 +123,12 @@ DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "mem
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most PENDING committed groups are under way; accumulators of the others may be read.
 template <int PENDING> DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+// The same, not before `after`, which is never negative, is there. The compiler waits as early as it can, so that what is to run
+// under the products would come after them.
+template <int PENDING> DEVICE void products_wait(float after) {
+    if (after < 0.0f) __trap();
+    products_wait<PENDING>();
+}
 // The compiler must not move reads and writes of these registers across this point.
 template <int N> DEVICE void pin(float (&c)[N][4]) {
     UNROLL for (int j = 0; j < N; ++j) UNROLL for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[j][e])::"memory");

@@ -538,7 +538,7 @@ struct Consumer {
                     start_tile(next, acc);
                 }
                 const float2 by = softmax(s, next);
-                products_wait<0>();
+                products_wait<0>(rows.l[0] + rows.l[1]);
                 pin(acc);
                 pin(weights);
                 free_values(turn - 1);
