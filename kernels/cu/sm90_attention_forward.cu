@@ -331,17 +331,24 @@ DEVICE void drop(Scores &s, const Dropout &d, const Piece &piece, int row, int k
 }
 #endif
 
-// Natural units are units of m times `unit` times ln 2.
-DEVICE void load_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
-    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+// The statistics of a partial. Natural units are units of m times `unit` times ln 2.
+DEVICE void load_rows(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r) {
     UNROLL for (int half = 0; half < 2; ++half) {
         const int i = row + 8 * half;
         if (i >= int(t.row0 + t.rows)) continue;
         r.m[half] = *at<const float>(p.m, t.batch, i, head) / (unit * LN2);
-        r.l[half] = quad == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
+        r.l[half] = threadIdx.x % 4 == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
 #if PARTIAL
         r.top[half] = r.m[half];
 #endif
+    }
+}
+
+DEVICE void load_sums(const ForwardParams &p, const Tile &t, u32 head, int row, Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const int i = row + 8 * half;
+        if (i >= int(t.row0 + t.rows)) continue;
         const float *from = at<const float>(p.acc, t.batch, i, head) + 2 * quad;
         UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
             load_pair(from + 8 * j, acc[j][2 * half], acc[j][2 * half + 1], dim - 8 * j - 2 * quad);
@@ -372,9 +379,11 @@ DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int r
 }
 #endif
 
-DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
-    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, const Rows &r, Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v, left_rows = int(t.row0 + t.rows) - row;
     const float sink = p.sinks.ptr ? *at<const float>(p.sinks, 0, 0, p.problem.head_first + head) * LOG2E : -INFINITY_F;
+    u16 *out = at<u16>(p.out, t.batch, row, head);
+    float *lse = at<float>(p.lse, t.batch, row, head);
     UNROLL for (int half = 0; half < 2; ++half) {
         float l = whole_row(r.l[half]), m = r.m[half] * unit;
         if (r.m[half] == -INFINITY_F) m = -INFINITY_F;
@@ -385,28 +394,16 @@ DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, flo
         } else if (sink != -INFINITY_F) {
             l += exp2_fast(sink - top);
         }
-        const int i = row + 8 * half;
-        const bool inside = i < int(t.row0 + t.rows);
-        const float factor = l == 0.0f ? 0.0f : by / l;
-        if (inside && quad == 0) *at<float>(p.lse, t.batch, i, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        const bool inside = 8 * half < left_rows;
+        const float factor = l == 0.0f ? 0.0f : divide_fast(by, l);
+        if (inside && quad == 0) *(lse + 8 * half * p.lse.row) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
         const int left = inside ? dim : 0;
-        u16 *to = at<u16>(p.out, t.batch, i, head);
+        u16 *to = out + 8 * half * p.out.row;
         UNROLL for (int j = 0; j + 4 <= HEAD_DIM_V / 8; j += 4)
             store_pairs(to + 8 * j, reinterpret_cast<const float(&)[4][4]>(acc[j]), half, factor, quad, left - 8 * j);
         UNROLL for (int j = HEAD_DIM_V / 32 * 4; j < HEAD_DIM_V / 8; ++j)
             store_pair(to + 8 * j + 2 * quad, acc[j][2 * half] * factor, acc[j][2 * half + 1] * factor, left - 8 * j - 2 * quad);
     }
-}
-
-DEVICE void begin(Rows &rows, Output &acc) {
-    UNROLL for (int half = 0; half < 2; ++half) {
-        rows.m[half] = -INFINITY_F;
-        rows.l[half] = 0.0f;
-#if PARTIAL
-        rows.top[half] = -INFINITY_F;
-#endif
-    }
-    UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) acc[j][e] = 0.0f;
 }
 
 // S = Q K^T.
@@ -418,11 +415,11 @@ DEVICE void scores(Scores &s, u32 q, u32 k) {
     products_commit();
 }
 
-// acc += P V.
-DEVICE void weigh(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 v) {
+// acc += P V, or = where not `add`.
+DEVICE void weigh(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 v, bool add) {
     const Operand b = along_rows(v, KEY_PANEL);
     products_fence();
-    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) product<1>(acc, weights[kk], b.on(kk * 2048), true);
+    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) product<1>(acc, weights[kk], b.on(kk * 2048), kk > 0 || add);
     products_commit();
 }
 
@@ -434,6 +431,7 @@ struct Consumer {
     u32 tiles;  // whose Q was waited for
     Score score;
     Rows rows;
+    bool summed;  // acc holds something of this tile
 
     DEVICE const Block &described(u32 turn) {
         barrier_wait(base + FULL_K + 8 * (turn % STAGES), turn / STAGES & 1);
@@ -461,20 +459,31 @@ struct Consumer {
 
     DEVICE void start_values(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 turn) {
         wait_values(turn);
-        weigh(acc, weights, base + V_AT + turn % STAGES * V_BYTES);
+        weigh(acc, weights, base + V_AT + turn % STAGES * V_BYTES, summed);
+        summed = true;
     }
 
     DEVICE void free_values(u32 turn) {
         if (lane == 0) barrier_arrive(base + FREE_V + 8 * (turn % STAGES));
     }
 
-    DEVICE void start_tile(const Block &block, Output &acc) {
-        begin(rows, acc);
+    DEVICE void start_rows(const Block &block) {
+        UNROLL for (int half = 0; half < 2; ++half) {
+            rows.m[half] = -INFINITY_F;
+            rows.l[half] = 0.0f;
+#if PARTIAL
+            rows.top[half] = -INFINITY_F;
+#endif
+        }
 #if ALIBI
         score = score_of(p.problem, block.head);
 #endif
-        if (PARTIAL && (p.stage & 1))
-            load_partial(p, block.tile, block.head, int(block.tile.row0) + lane_row, score.unit, rows, acc);
+        if (PARTIAL && (p.stage & 1)) load_rows(p, block.tile, block.head, int(block.tile.row0) + lane_row, score.unit, rows);
+    }
+
+    DEVICE void start_sums(const Block &block, Output &acc) {
+        summed = PARTIAL && (p.stage & 1);
+        if (summed) load_sums(p, block.tile, block.head, int(block.tile.row0) + lane_row, acc);
     }
 
     // S becomes P; returns the factors on acc.
@@ -492,7 +501,7 @@ struct Consumer {
         return by;
     }
 
-    DEVICE void end_tile(const Block &block, Output &acc) {
+    DEVICE void end_tile(const Block &block, Rows &rows, Output &acc) {
         const int row = int(block.tile.row0) + lane_row;
 #if PARTIAL
         if (p.stage & 2) {
@@ -510,7 +519,8 @@ struct Consumer {
         const Block *block = &described(0);
         if (block->flags & END) return;
         wait_queries(*block);
-        start_tile(*block, acc);
+        start_rows(*block);
+        start_sums(*block, acc);
         start_scores(s, *block, 0);
         products_wait<0>();
         pin(s);
@@ -531,17 +541,20 @@ struct Consumer {
                 products_wait<1>();
                 pin(s);
                 free_keys(next, turn);
+                Rows ended;
                 if (flags & FIRST) {
-                    products_wait<0>();
-                    pin(acc);
-                    end_tile(*block, acc);
-                    start_tile(next, acc);
+                    ended = rows;
+                    start_rows(next);
                 }
                 const float2 by = softmax(s, next);
                 products_wait<0>(rows.l[0] + rows.l[1]);
                 pin(acc);
                 pin(weights);
                 free_values(turn - 1);
+                if (flags & FIRST) {
+                    end_tile(*block, ended, acc);
+                    start_sums(next, acc);
+                }
                 rescale(acc, by);
                 UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
             } else {
@@ -552,8 +565,9 @@ struct Consumer {
                 pin(weights);
                 free_values(turn - 1);
                 if (flags & FIRST) {
-                    end_tile(*block, acc);
-                    start_tile(next, acc);
+                    end_tile(*block, rows, acc);
+                    start_rows(next);
+                    start_sums(next, acc);
                 }
                 UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) UNROLL for (int e = 0; e < 4; ++e) weights[i][e] = 0;
             }
@@ -564,7 +578,7 @@ struct Consumer {
         start_values(acc, weights, turn - 1);
         products_wait<0>();
         pin(acc);
-        end_tile(*block, acc);
+        end_tile(*block, rows, acc);
     }
 };
 
