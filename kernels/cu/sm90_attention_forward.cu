@@ -263,38 +263,58 @@ DEVICE void transform_all(Scores &s, const Score &f, const Piece &piece, int row
         }
 }
 
+// Of a lane's columns 0, 1, 8, 9, 16, .. of a block, how many lie before `column`.
+DEVICE int columns_before(int column) {
+    const int c = column < 0 ? 0 : column < BLOCK_N ? column : BLOCK_N;
+    return c / 8 * 2 + (c % 8 < 2 ? c % 8 : 2);
+}
+
+// Bits 0.. below `count`, of which `from` are in words before.
+DEVICE u32 low_bits(int count, int from) {
+    const int n = count - from;
+    return n <= 0 ? 0 : n >= 32 ? 0xffffffffu : (1u << n) - 1;
+}
+
 DEVICE void mask(Scores &s, const Piece &piece, int row0, int key) {
     UNROLL for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half, past = row + piece.hi + 1;
-        const int above = (past < piece.k1 ? past : piece.k1) - key, below = row + piece.lo - key;
-        UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
-            UNROLL for (int e = 0; e < 2; ++e) {
-                const int c = 8 * j + e;
-                if (c >= above || c < below) s[j][2 * half + e] = -INFINITY_F;
-            }
+        const int above = columns_before((past < piece.k1 ? past : piece.k1) - key), below = columns_before(row + piece.lo - key);
+        UNROLL for (int word = 0; word < BLOCK_N / 4; word += 32) {
+            const u32 seen = low_bits(above, word) & ~low_bits(below, word);
+            UNROLL for (int i = word; i < BLOCK_N / 4 && i < word + 32; ++i)
+                if (!(seen & 1u << (i - word))) s[i / 2][2 * half + i % 2] = -INFINITY_F;
+        }
     }
 }
 
-DEVICE float row_maximum(const Scores &s, int half) {
+// Of this lane's part of a row.
+DEVICE float part_maximum(const Scores &s, int half) {
     float t[4];
     UNROLL for (int i = 0; i < 4; ++i) t[i] = maximum(s[i][2 * half], s[i][2 * half + 1]);
     UNROLL for (int j = 4; j < BLOCK_N / 8; ++j) t[j % 4] = maximum(t[j % 4], maximum(s[j][2 * half], s[j][2 * half + 1]));
-    float top = maximum(maximum(t[0], t[1]), maximum(t[2], t[3]));
-    top = maximum(top, shuffle_xor(top, 1));
-    return maximum(top, shuffle_xor(top, 2));
+    return maximum(maximum(t[0], t[1]), maximum(t[2], t[3]));
 }
 
-// Moves m towards the maximum of the block where needed, and with it l. Returns the factors on acc.
+DEVICE float row_maximum(float part) {
+    part = maximum(part, shuffle_xor(part, 1));
+    return maximum(part, shuffle_xor(part, 2));
+}
+
+// Moves m towards the maximum of the block where a row of the warp needs it, and with it l. Returns the factors on acc.
 DEVICE float2 follow_maximum(const Scores &s, Rows &r, float unit) {
-    float top[2], by[2] = {1.0f, 1.0f};
+    float part[2], by[2] = {1.0f, 1.0f};
     UNROLL for (int half = 0; half < 2; ++half) {
-        top[half] = row_maximum(s, half);
+        part[half] = part_maximum(s, half);
 #if PARTIAL
-        r.top[half] = maximum(r.top[half], top[half]);
+        r.top[half] = maximum(r.top[half], part[half]);
 #endif
-        if ((top[half] - r.m[half]) * unit > LAZY) {
-            by[half] = exp2_fast((r.m[half] - top[half]) * unit);
-            r.m[half] = top[half];
+    }
+    if (!any_lane((part[0] - r.m[0]) * unit > LAZY || (part[1] - r.m[1]) * unit > LAZY)) return make_float2(1.0f, 1.0f);
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const float top = row_maximum(part[half]);
+        if ((top - r.m[half]) * unit > LAZY) {
+            by[half] = exp2_fast((r.m[half] - top) * unit);
+            r.m[half] = top;
             r.l[half] *= by[half];
         }
     }
@@ -364,7 +384,7 @@ DEVICE float whole_row(float x) {
 DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
     const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
     UNROLL for (int half = 0; half < 2; ++half) {
-        const float l = whole_row(r.l[half]), top = r.top[half];
+        const float l = whole_row(r.l[half]), top = row_maximum(r.top[half]);
         const float by = top == -INFINITY_F ? 1.0f : exp2_fast((r.m[half] - top) * unit);
         const int i = row + 8 * half;
         if (i >= int(t.row0 + t.rows)) continue;
