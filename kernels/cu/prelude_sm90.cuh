@@ -90,22 +90,18 @@ DEVICE float4 load_shared4(u32 at) {
 // ---- global memory ----
 
 // Four pairs, 8 elements apart, of which this lane holds elements 2 * quad and 2 * quad + 1, times `factor`: with wide
-// stores each lane of a quad writes one whole group of 8. `to` is the row's first of 32 elements, `left` are inside the row.
+// stores a lane of a quad trades with its neighbour, so that the quad writes 32 bytes at once. `to` is the row's first of 32
+// elements, `left` are inside the row.
 DEVICE void store_pairs(u16 *to, const float (&c)[4][4], int half, float factor, int quad, int left) {
 #if ALIGNED
-    u32 x[4];
-    UNROLL for (int j = 0; j < 4; ++j) x[j] = pack2(c[j][2 * half] * factor, c[j][2 * half + 1] * factor);
-    // Transpose 4 x 4 over the quad: by pairs of groups, then by groups.
-    UNROLL for (int step = 1; step <= 2; step *= 2)
-        UNROLL for (int j = 0; j < 4; ++j) {
-            if (j & step) continue;
-            const bool upper = quad & step;
-            const u32 sent = upper ? x[j] : x[j + step];
-            const u32 got = shuffle_xor(sent, step);
-            x[j] = upper ? got : x[j];
-            x[j + step] = upper ? x[j + step] : got;
-        }
-    if (8 * quad < left) *reinterpret_cast<uint4 *>(to + 8 * quad) = make_uint4(x[0], x[1], x[2], x[3]);
+    const bool odd = quad & 1;
+    UNROLL for (int j = 0; j < 4; j += 2) {
+        const u32 x = pack2(c[j][2 * half] * factor, c[j][2 * half + 1] * factor);
+        const u32 y = pack2(c[j + 1][2 * half] * factor, c[j + 1][2 * half + 1] * factor);
+        const u32 got = shuffle_xor(odd ? x : y, 1);
+        const int at = 8 * (j + odd) + 2 * (quad & 2);
+        if (at < left) *reinterpret_cast<uint2 *>(to + at) = odd ? make_uint2(got, y) : make_uint2(x, got);
+    }
 #else
     UNROLL for (int j = 0; j < 4; ++j)
         store_pair(to + 8 * j + 2 * quad, c[j][2 * half] * factor, c[j][2 * half + 1] * factor, left - 8 * j - 2 * quad);
@@ -123,6 +119,12 @@ DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "mem
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most PENDING committed groups are under way; accumulators of the others may be read.
 template <int PENDING> DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+// The same, not before `after`, which is never negative, is there. The compiler waits as early as it can, so that what is to run
+// under the products would come after them.
+template <int PENDING> DEVICE void products_wait(float after) {
+    if (after < 0.0f) __trap();
+    products_wait<PENDING>();
+}
 // The compiler must not move reads and writes of these registers across this point.
 template <int N> DEVICE void pin(float (&c)[N][4]) {
     UNROLL for (int j = 0; j < N; ++j) UNROLL for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[j][e])::"memory");

@@ -2,7 +2,8 @@
 // rescaling and the partial's form are those of sm80_attention_forward.cu.
 //
 //   one resident block per multiprocessor; its warps have these roles:
-//     planner (one warp)            gets tiles of query rows from a common counter (longest first), ahead of time
+//     planner (one warp)            gets tiles of query rows from a common counter (longest first), each when the tile before
+//                                   it comes to its last block
 //     producer (one warp)           for each tile, for each block of BLOCK_N keys of the tile's pieces:
 //                                       wait until a stage is free; describe the block; start the copies of Q, K, V
 //     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
@@ -16,6 +17,9 @@
 // (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products.)
 //
 // Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows.
+//
+// A group skips the products of a block that it does not see, but adds 0 V, so that its list of blocks runs on as the others'
+// do. A tile that sees no key is one such block for all groups, whose V is all zeros.
 //
 // Macros: BLOCK_N, GROUPS, STAGES, Q_STAGES, PARTIAL, REGISTERS (of a consumer), PRODUCER_REGISTERS.
 
@@ -51,7 +55,8 @@ enum : u32 {
     FIRST = 1,   // of a tile: Q comes with it
     LAST = 2,    // of a tile
     END = 4,     // no more work
-    MASKED = 8   // << group: not all pairs are selected
+    MASKED = 8,  // << group: not all pairs are selected
+    BLIND = 64   // << group: none is
 };
 struct Block {
     Piece piece;
@@ -60,8 +65,7 @@ struct Block {
     u32 flags, head, q_stage;
 };
 static_assert(sizeof(Block) == 96, "layout");
-constexpr int BLOCKS = 4;  // more than STAGES: a description is read until the block's last product
-static_assert(STAGES < BLOCKS, "descriptions");
+constexpr int BLOCKS = STAGES + 2;  // a description is read until the block's last product
 
 // What the planner tells about a tile.
 struct Work {
@@ -76,9 +80,9 @@ constexpr int PIECE_WORDS = sizeof(Piece) / 4, TILE_WORDS = sizeof(Tile) / 4;
 // Memory barriers, then descriptions of blocks and tiles.
 constexpr u32 FULL_K = WORDS_AT, FULL_V = FULL_K + 8 * STAGES, FREE_K = FULL_V + 8 * STAGES, FREE_V = FREE_K + 8 * STAGES;
 constexpr u32 FULL_Q = FREE_V + 8 * STAGES, FREE_Q = FULL_Q + 8 * Q_STAGES, RAW_V = FREE_Q + 8 * Q_STAGES;
-constexpr u32 FULL_W = RAW_V + 8, FREE_W = FULL_W + 8 * WORKS;
+constexpr u32 FULL_W = RAW_V + 8, NEXT_W = FULL_W + 8 * WORKS;
 constexpr u32 BLOCKS_AT = WORDS_AT + 160, WORKS_AT = BLOCKS_AT + BLOCKS * sizeof(Block);
-static_assert(FREE_W + 8 * WORKS <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
+static_assert(NEXT_W + 8 <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
 
 // ---- the producer ----
 
@@ -104,13 +108,14 @@ struct Producer {
                      {64 * i, int(work.tile.row0), int(work.head), int(work.tile.batch)}, base + FULL_Q + 8 * stage);
     }
 
-    // Bits of the groups that must mask.
-    DEVICE u32 masked(int row0, const Piece &piece, int key) {
+    // Bits of the groups that see a part of the block, or nothing of it.
+    DEVICE u32 seen(const Tile &tile, const Piece &piece, int key) {
         u32 flags = 0;
-        const int last_key = key + BLOCK_N - 1;
+        const int end = int(tile.row0 + tile.rows), last_key = key + BLOCK_N - 1;
         UNROLL for (int g = 0; g < GROUPS; ++g) {
-            const int first = row0 + 64 * g, last = first + 63;
+            const int first = int(tile.row0) + 64 * g, last = first + 63;
             if (last_key >= piece.k1 || last_key - first > piece.hi || key - last < piece.lo) flags |= MASKED << g;
+            if (first >= end || key >= piece.k1 || key - last > piece.hi || last_key - first < piece.lo) flags |= BLIND << g;
         }
         return flags;
     }
@@ -138,7 +143,7 @@ struct Producer {
     // Describes a block and copies its K, and V of the block before. A lane writes a word of the description.
     DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
         const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
-        flags |= masked(work.tile.row0, piece, key);
+        flags |= seen(work.tile, piece, key);
         const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? u32(key)
                          : lane == PIECE_WORDS + TILE_WORDS + 1 ? flags
                          : lane == PIECE_WORDS + TILE_WORDS + 2 ? work.head
@@ -170,78 +175,41 @@ struct Producer {
         if (turn > 0) values();
     }
 
+    // For the next tile. Not before this one's last block: who asks early may get more than its share of the last tiles.
+    DEVICE void ask() {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + NEXT_W);
+    }
+
     DEVICE void run() {
         const Piece *pieces = reinterpret_cast<const Piece *>(p.call.problem.pieces);
         for (;; ++tiles) {
             barrier_wait(base + FULL_W + 8 * (tiles % WORKS), tiles / WORKS & 1);
             const Work &work = reinterpret_cast<const Work *>(memory + WORKS_AT)[tiles % WORKS];
             if (work.end) break;
-            for (u32 i = 0; i < work.tile.count; ++i) {
+            // A tile that sees no key has one block of an empty piece.
+            u32 i = 0;
+            do {
                 const Piece &piece = i == 0 ? work.first : pieces[work.tile.first + i];
                 const int end = piece.k1;
                 u32 flags = i == 0 ? FIRST : 0;
-                for (int key = piece.k0; key < end; key += BLOCK_N) {
-                    if (i + 1 == work.tile.count && key + BLOCK_N >= end) flags |= LAST;
+                int key = piece.k0;
+                do {
+                    if (i + 1 >= work.tile.count && key + BLOCK_N >= end) {
+                        flags |= LAST;
+                        ask();
+                    }
                     keys(work, piece, key, flags);
                     flags = 0;
-                }
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(base + FREE_W + 8 * (tiles % WORKS));
+                    key += BLOCK_N;
+                } while (key < end);
+            } while (++i < work.tile.count);
         }
         end();
     }
 };
 
 // ---- the planner ----
-
-// The results of a tile that sees no key: what an earlier call left, or nothing. 32 rows at a time: a lane works out the
-// factor of its row, then all lanes go over the columns of 4 rows at once, so that their loads are under way together.
-DEVICE void settle(const ForwardParams &c, const Tile &t, u32 head, int lane) {
-    const bool load = PARTIAL && (c.stage & 1), store = PARTIAL && (c.stage & 2);
-    if (load && store) return;
-    const int dim = c.problem.head_dim_v, end = int(t.row0 + t.rows);
-    const float sink = c.sinks.ptr ? *at<const float>(c.sinks, 0, 0, c.problem.head_first + head) * LOG2E : -INFINITY_F;
-    for (int row0 = t.row0; row0 < end; row0 += WARP) {
-        const int own = row0 + lane;
-        [[maybe_unused]] float factor = 0.0f;
-        if (own < end && store) {
-            *at<float>(c.m, t.batch, own, head) = -INFINITY_F;
-            *at<float>(c.l, t.batch, own, head) = 0.0f;
-        } else if (own < end) {
-            const float m = load ? *at<const float>(c.m, t.batch, own, head) * LOG2E : -INFINITY_F;
-            const float before = load ? *at<const float>(c.l, t.batch, own, head) : 0.0f;
-            const float top = maximum(m, sink), by = m == -INFINITY_F ? 0.0f : exp2_fast(m - top);
-            const float l = before * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
-            factor = l == 0.0f ? 0.0f : by / l;
-            *at<float>(c.lse, t.batch, own, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
-        }
-#if PARTIAL
-        for (int some = 0; some < WARP && row0 + some < end; some += 4) {
-            float scale[4];
-            UNROLL for (int i = 0; i < 4; ++i) scale[i] = __shfl_sync(0xffffffffu, factor, some + i);
-            for (int column = lane; column < dim; column += WARP) {
-                float x[4];
-                UNROLL for (int i = 0; i < 4; ++i) {
-                    const int row = row0 + some + i;
-                    x[i] = load && row < end ? at<const float>(c.acc, t.batch, row, head)[column] * scale[i] : 0.0f;
-                }
-                UNROLL for (int i = 0; i < 4; ++i) {
-                    const int row = row0 + some + i;
-                    if (row >= end) continue;
-                    if (store)
-                        at<float>(c.acc, t.batch, row, head)[column] = 0.0f;
-                    else
-                        at<u16>(c.out, t.batch, row, head)[column] = narrow(x[i]);
-                }
-            }
-        }
-#else
-        for (int row = row0; row < end && row < row0 + WARP; ++row)
-            for (int column = lane; column < dim; column += WARP) at<u16>(c.out, t.batch, row, head)[column] = 0;
-#endif
-    }
-}
 
 DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, int lane) {
     const Problem &problem = p.call.problem;
@@ -251,23 +219,23 @@ DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, 
         const bool end = index >= total;
         const Place where = end ? Place{0, 0} : place_of(problem, problem.heads, index);
         const Tile *tile = reinterpret_cast<const Tile *>(problem.tiles) + where.tile;
-        if (!end && tile->count == 0) {
-            settle(p.call, *tile, where.head, lane);
-        } else {
-            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (end ? 0 : tile->first));
+        // To load and store the partial of a tile that sees no key changes nothing.
+        if (end || tile->count || !PARTIAL || p.call.stage != 3) {
+            const bool some = !end && tile->count;
+            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (some ? tile->first : 0));
             const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? where.head
                              : lane == PIECE_WORDS + TILE_WORDS + 1 ? kv_head(problem, where.head)
                                                                     : u32(end);
             const u32 *from = lane < PIECE_WORDS ? piece + lane : reinterpret_cast<const u32 *>(tile) + lane - PIECE_WORDS;
-            const u32 word = !end && lane < PIECE_WORDS + TILE_WORDS ? *from : last;
-            barrier_wait(base + FREE_W + 8 * (count % WORKS), count / WORKS & 1 ^ 1);
+            const bool there = lane < PIECE_WORDS ? some : !end && lane < PIECE_WORDS + TILE_WORDS;
+            const u32 word = there ? *from : last;
             if (lane < int(sizeof(Work) / 4))
                 reinterpret_cast<u32 *>(memory + WORKS_AT + count % WORKS * sizeof(Work))[lane] = word;
             __syncwarp();
             if (lane == 0) barrier_arrive(base + FULL_W + 8 * (count % WORKS));
-            ++count;
+            if (end) return;
+            barrier_wait(base + NEXT_W, count++ & 1);
         }
-        if (end) return;
         u32 taken = 0;
         if (lane == 0) taken = take_number(reinterpret_cast<u32 *>(p.counter));
         index = gridDim.x + uniform(taken);
@@ -295,38 +263,58 @@ DEVICE void transform_all(Scores &s, const Score &f, const Piece &piece, int row
         }
 }
 
+// Of a lane's columns 0, 1, 8, 9, 16, .. of a block, how many lie before `column`.
+DEVICE int columns_before(int column) {
+    const int c = column < 0 ? 0 : column < BLOCK_N ? column : BLOCK_N;
+    return c / 8 * 2 + (c % 8 < 2 ? c % 8 : 2);
+}
+
+// Bits 0.. below `count`, of which `from` are in words before.
+DEVICE u32 low_bits(int count, int from) {
+    const int n = count - from;
+    return n <= 0 ? 0 : n >= 32 ? 0xffffffffu : (1u << n) - 1;
+}
+
 DEVICE void mask(Scores &s, const Piece &piece, int row0, int key) {
     UNROLL for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half, past = row + piece.hi + 1;
-        const int above = (past < piece.k1 ? past : piece.k1) - key, below = row + piece.lo - key;
-        UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
-            UNROLL for (int e = 0; e < 2; ++e) {
-                const int c = 8 * j + e;
-                if (c >= above || c < below) s[j][2 * half + e] = -INFINITY_F;
-            }
+        const int above = columns_before((past < piece.k1 ? past : piece.k1) - key), below = columns_before(row + piece.lo - key);
+        UNROLL for (int word = 0; word < BLOCK_N / 4; word += 32) {
+            const u32 seen = low_bits(above, word) & ~low_bits(below, word);
+            UNROLL for (int i = word; i < BLOCK_N / 4 && i < word + 32; ++i)
+                if (!(seen & 1u << (i - word))) s[i / 2][2 * half + i % 2] = -INFINITY_F;
+        }
     }
 }
 
-DEVICE float row_maximum(const Scores &s, int half) {
+// Of this lane's part of a row.
+DEVICE float part_maximum(const Scores &s, int half) {
     float t[4];
     UNROLL for (int i = 0; i < 4; ++i) t[i] = maximum(s[i][2 * half], s[i][2 * half + 1]);
     UNROLL for (int j = 4; j < BLOCK_N / 8; ++j) t[j % 4] = maximum(t[j % 4], maximum(s[j][2 * half], s[j][2 * half + 1]));
-    float top = maximum(maximum(t[0], t[1]), maximum(t[2], t[3]));
-    top = maximum(top, shuffle_xor(top, 1));
-    return maximum(top, shuffle_xor(top, 2));
+    return maximum(maximum(t[0], t[1]), maximum(t[2], t[3]));
 }
 
-// Moves m towards the maximum of the block where needed, and with it l. Returns the factors on acc.
+DEVICE float row_maximum(float part) {
+    part = maximum(part, shuffle_xor(part, 1));
+    return maximum(part, shuffle_xor(part, 2));
+}
+
+// Moves m towards the maximum of the block where a row of the warp needs it, and with it l. Returns the factors on acc.
 DEVICE float2 follow_maximum(const Scores &s, Rows &r, float unit) {
-    float top[2], by[2] = {1.0f, 1.0f};
+    float part[2], by[2] = {1.0f, 1.0f};
     UNROLL for (int half = 0; half < 2; ++half) {
-        top[half] = row_maximum(s, half);
+        part[half] = part_maximum(s, half);
 #if PARTIAL
-        r.top[half] = maximum(r.top[half], top[half]);
+        r.top[half] = maximum(r.top[half], part[half]);
 #endif
-        if ((top[half] - r.m[half]) * unit > LAZY) {
-            by[half] = exp2_fast((r.m[half] - top[half]) * unit);
-            r.m[half] = top[half];
+    }
+    if (!any_lane((part[0] - r.m[0]) * unit > LAZY || (part[1] - r.m[1]) * unit > LAZY)) return make_float2(1.0f, 1.0f);
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const float top = row_maximum(part[half]);
+        if ((top - r.m[half]) * unit > LAZY) {
+            by[half] = exp2_fast((r.m[half] - top) * unit);
+            r.m[half] = top;
             r.l[half] *= by[half];
         }
     }
@@ -363,17 +351,24 @@ DEVICE void drop(Scores &s, const Dropout &d, const Piece &piece, int row, int k
 }
 #endif
 
-// Natural units are units of m times `unit` times ln 2.
-DEVICE void load_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
-    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+// The statistics of a partial. Natural units are units of m times `unit` times ln 2.
+DEVICE void load_rows(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r) {
     UNROLL for (int half = 0; half < 2; ++half) {
         const int i = row + 8 * half;
         if (i >= int(t.row0 + t.rows)) continue;
         r.m[half] = *at<const float>(p.m, t.batch, i, head) / (unit * LN2);
-        r.l[half] = quad == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
+        r.l[half] = threadIdx.x % 4 == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
 #if PARTIAL
         r.top[half] = r.m[half];
 #endif
+    }
+}
+
+DEVICE void load_sums(const ForwardParams &p, const Tile &t, u32 head, int row, Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const int i = row + 8 * half;
+        if (i >= int(t.row0 + t.rows)) continue;
         const float *from = at<const float>(p.acc, t.batch, i, head) + 2 * quad;
         UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
             load_pair(from + 8 * j, acc[j][2 * half], acc[j][2 * half + 1], dim - 8 * j - 2 * quad);
@@ -389,7 +384,7 @@ DEVICE float whole_row(float x) {
 DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
     const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
     UNROLL for (int half = 0; half < 2; ++half) {
-        const float l = whole_row(r.l[half]), top = r.top[half];
+        const float l = whole_row(r.l[half]), top = row_maximum(r.top[half]);
         const float by = top == -INFINITY_F ? 1.0f : exp2_fast((r.m[half] - top) * unit);
         const int i = row + 8 * half;
         if (i >= int(t.row0 + t.rows)) continue;
@@ -404,9 +399,11 @@ DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int r
 }
 #endif
 
-DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
-    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, const Rows &r, Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v, left_rows = int(t.row0 + t.rows) - row;
     const float sink = p.sinks.ptr ? *at<const float>(p.sinks, 0, 0, p.problem.head_first + head) * LOG2E : -INFINITY_F;
+    u16 *out = at<u16>(p.out, t.batch, row, head);
+    float *lse = at<float>(p.lse, t.batch, row, head);
     UNROLL for (int half = 0; half < 2; ++half) {
         float l = whole_row(r.l[half]), m = r.m[half] * unit;
         if (r.m[half] == -INFINITY_F) m = -INFINITY_F;
@@ -417,28 +414,16 @@ DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, flo
         } else if (sink != -INFINITY_F) {
             l += exp2_fast(sink - top);
         }
-        const int i = row + 8 * half;
-        const bool inside = i < int(t.row0 + t.rows);
-        const float factor = l == 0.0f ? 0.0f : by / l;
-        if (inside && quad == 0) *at<float>(p.lse, t.batch, i, head) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        const bool inside = 8 * half < left_rows;
+        const float factor = l == 0.0f ? 0.0f : divide_fast(by, l);
+        if (inside && quad == 0) *(lse + 8 * half * p.lse.row) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
         const int left = inside ? dim : 0;
-        u16 *to = at<u16>(p.out, t.batch, i, head);
+        u16 *to = out + 8 * half * p.out.row;
         UNROLL for (int j = 0; j + 4 <= HEAD_DIM_V / 8; j += 4)
             store_pairs(to + 8 * j, reinterpret_cast<const float(&)[4][4]>(acc[j]), half, factor, quad, left - 8 * j);
         UNROLL for (int j = HEAD_DIM_V / 32 * 4; j < HEAD_DIM_V / 8; ++j)
             store_pair(to + 8 * j + 2 * quad, acc[j][2 * half] * factor, acc[j][2 * half + 1] * factor, left - 8 * j - 2 * quad);
     }
-}
-
-DEVICE void begin(Rows &rows, Output &acc) {
-    UNROLL for (int half = 0; half < 2; ++half) {
-        rows.m[half] = -INFINITY_F;
-        rows.l[half] = 0.0f;
-#if PARTIAL
-        rows.top[half] = -INFINITY_F;
-#endif
-    }
-    UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) acc[j][e] = 0.0f;
 }
 
 // S = Q K^T.
@@ -450,11 +435,11 @@ DEVICE void scores(Scores &s, u32 q, u32 k) {
     products_commit();
 }
 
-// acc += P V.
-DEVICE void weigh(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 v) {
+// acc += P V, or = where not `add`.
+DEVICE void weigh(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 v, bool add) {
     const Operand b = along_rows(v, KEY_PANEL);
     products_fence();
-    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) product<1>(acc, weights[kk], b.on(kk * 2048), true);
+    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) product<1>(acc, weights[kk], b.on(kk * 2048), kk > 0 || add);
     products_commit();
 }
 
@@ -466,6 +451,7 @@ struct Consumer {
     u32 tiles;  // whose Q was waited for
     Score score;
     Rows rows;
+    bool summed;  // acc holds something of this tile
 
     DEVICE const Block &described(u32 turn) {
         barrier_wait(base + FULL_K + 8 * (turn % STAGES), turn / STAGES & 1);
@@ -488,22 +474,36 @@ struct Consumer {
         if (block.flags & LAST) barrier_arrive(base + FREE_Q + 8 * block.q_stage);
     }
 
+    // Whoever frees values waits for them first, used or not: only then the turn before is over for all.
+    DEVICE void wait_values(u32 turn) { barrier_wait(base + FULL_V + 8 * (turn % STAGES), turn / STAGES & 1); }
+
     DEVICE void start_values(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 turn) {
-        barrier_wait(base + FULL_V + 8 * (turn % STAGES), turn / STAGES & 1);
-        weigh(acc, weights, base + V_AT + turn % STAGES * V_BYTES);
+        wait_values(turn);
+        weigh(acc, weights, base + V_AT + turn % STAGES * V_BYTES, summed);
+        summed = true;
     }
 
     DEVICE void free_values(u32 turn) {
         if (lane == 0) barrier_arrive(base + FREE_V + 8 * (turn % STAGES));
     }
 
-    DEVICE void start_tile(const Block &block, Output &acc) {
-        begin(rows, acc);
+    DEVICE void start_rows(const Block &block) {
+        UNROLL for (int half = 0; half < 2; ++half) {
+            rows.m[half] = -INFINITY_F;
+            rows.l[half] = 0.0f;
+#if PARTIAL
+            rows.top[half] = -INFINITY_F;
+#endif
+        }
 #if ALIBI
         score = score_of(p.problem, block.head);
 #endif
-        if (PARTIAL && (p.stage & 1))
-            load_partial(p, block.tile, block.head, int(block.tile.row0) + lane_row, score.unit, rows, acc);
+        if (PARTIAL && (p.stage & 1)) load_rows(p, block.tile, block.head, int(block.tile.row0) + lane_row, score.unit, rows);
+    }
+
+    DEVICE void start_sums(const Block &block, Output &acc) {
+        summed = PARTIAL && (p.stage & 1);
+        if (summed) load_sums(p, block.tile, block.head, int(block.tile.row0) + lane_row, acc);
     }
 
     // S becomes P; returns the factors on acc.
@@ -521,7 +521,7 @@ struct Consumer {
         return by;
     }
 
-    DEVICE void end_tile(const Block &block, Output &acc) {
+    DEVICE void end_tile(const Block &block, Rows &rows, Output &acc) {
         const int row = int(block.tile.row0) + lane_row;
 #if PARTIAL
         if (p.stage & 2) {
@@ -539,7 +539,8 @@ struct Consumer {
         const Block *block = &described(0);
         if (block->flags & END) return;
         wait_queries(*block);
-        start_tile(*block, acc);
+        start_rows(*block);
+        start_sums(*block, acc);
         start_scores(s, *block, 0);
         products_wait<0>();
         pin(s);
@@ -554,24 +555,42 @@ struct Consumer {
             if (flags & FIRST) wait_queries(next);
             pin(acc);
             pin(weights);
-            start_scores(s, next, turn);
-            start_values(acc, weights, turn - 1);
-            products_wait<1>();
-            pin(s);
-            free_keys(next, turn);
-            if (flags & FIRST) {
+            if (!(flags & BLIND << group)) {
+                start_scores(s, next, turn);
+                start_values(acc, weights, turn - 1);
+                products_wait<1>();
+                pin(s);
+                free_keys(next, turn);
+                Rows ended;
+                if (flags & FIRST) {
+                    ended = rows;
+                    start_rows(next);
+                }
+                const float2 by = softmax(s, next);
+                products_wait<0>(rows.l[0] + rows.l[1]);
+                pin(acc);
+                pin(weights);
+                free_values(turn - 1);
+                if (flags & FIRST) {
+                    end_tile(*block, ended, acc);
+                    start_sums(next, acc);
+                }
+                rescale(acc, by);
+                UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+            } else {
+                start_values(acc, weights, turn - 1);
+                free_keys(next, turn);
                 products_wait<0>();
                 pin(acc);
-                end_tile(*block, acc);
-                start_tile(next, acc);
+                pin(weights);
+                free_values(turn - 1);
+                if (flags & FIRST) {
+                    end_tile(*block, rows, acc);
+                    start_rows(next);
+                    start_sums(next, acc);
+                }
+                UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) UNROLL for (int e = 0; e < 4; ++e) weights[i][e] = 0;
             }
-            const float2 by = softmax(s, next);
-            products_wait<0>();
-            pin(acc);
-            pin(weights);
-            free_values(turn - 1);
-            rescale(acc, by);
-            UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
             block = &next;
         }
         pin(acc);
@@ -579,7 +598,7 @@ struct Consumer {
         start_values(acc, weights, turn - 1);
         products_wait<0>();
         pin(acc);
-        end_tile(*block, acc);
+        end_tile(*block, rows, acc);
     }
 };
 
@@ -599,10 +618,8 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
             barrier_init(base + FREE_Q + 8 * i, 4 * GROUPS);
         }
         barrier_init(base + RAW_V, 1);
-        UNROLL for (int i = 0; i < WORKS; ++i) {
-            barrier_init(base + FULL_W + 8 * i, 1);
-            barrier_init(base + FREE_W + 8 * i, 1);
-        }
+        barrier_init(base + NEXT_W, 1);
+        UNROLL for (int i = 0; i < WORKS; ++i) barrier_init(base + FULL_W + 8 * i, 1);
         fence_proxy();
     }
     barrier();

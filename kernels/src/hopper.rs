@@ -138,12 +138,14 @@ impl ForwardTile {
     fn of(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Self> {
         let heavy = is_heavy(spec);
         let plain = !heavy && spec.softcap.is_none();
+        let many = spec.dropout.is_some() && spec.alibi && spec.softcap.is_some();
         let tiles: &[[u32; 3]] = match d.max(dv) {
             ..=128 if heavy => &[[2, 64, 2]],
             ..=64 if plain => &[[3, 128, 2]],
-            65..=128 if plain => &[[2, 160, 1]],
+            65..=128 if plain => &[[2, 160, 2]],
             ..=128 => &[[2, 128, 2]],
             129..=192 if heavy => &[[2, 64, 1]],
+            193.. if many => &[[2, 32, 1]],
             193.. if heavy => &[[2, 48, 1]],
             129..=192 => &[[2, 112, 1], [2, 96, 1]],
             _ => &[[2, 80, 1]],
