@@ -75,6 +75,8 @@ const FACTS: Facts = Facts {
     target,
     arch_flag: "--gpu-architecture=",
     flags: &["-std=c++17"],
+    // CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink they are, over PCIe not.
+    fast_link: Some((3, "NVLink")),
     oldest: (12_000, "driver 525 (CUDA 12.0)"),
 };
 

@@ -64,6 +64,7 @@ const FACTS: Facts = Facts {
     target,
     arch_flag: "--offload-arch=",
     flags: &["-std=c++17", "-O3"],
+    fast_link: None,
     oldest: (50_200_000, "ROCm 5.2"),
 };
 
