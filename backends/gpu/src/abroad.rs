@@ -57,8 +57,6 @@ type Opened = HashMap<(u32, u64), Weak<Block>>;
 pub(crate) struct Abroad {
     context: &'static Context,
     flags: Arc<Flags>,
-    /// Which ranks are on this rank's device.
-    beside: Vec<bool>,
     opened: Mutex<Opened>,
 }
 
@@ -98,8 +96,8 @@ impl Import {
 
 impl Abroad {
     /// Windows of ranks that meet by `flags`.
-    pub(crate) fn new(context: &'static Context, flags: Arc<Flags>, beside: Vec<bool>) -> Self {
-        Self { context, flags, beside, opened: Mutex::default() }
+    pub(crate) fn new(context: &'static Context, flags: Arc<Flags>) -> Self {
+        Self { context, flags, opened: Mutex::default() }
     }
 
     /// The memory that all share.
@@ -126,7 +124,7 @@ impl Abroad {
         let mine = Buffer::window(context, at.bytes(), 0, &Arc::default(), Some(flags));
         let card = mine.as_ref().map(Self::card).unwrap_or_default();
         let cards = member.agree("a window", &Fields(card))?;
-        let abroad = Self::new(context, Arc::clone(flags), Vec::new());
+        let abroad = Self::new(context, Arc::clone(flags));
         let one = |(rank, card): (u32, &Vec<u8>)| {
             let unreadable = |e: std::io::Error| Error::invalid("window", format!("of rank {rank}: {e}"));
             abroad.buffer(rank, read_card(card).map_err(unreadable)?, &at).map(drop)
@@ -189,8 +187,7 @@ impl Abroad {
         self.context.check(result)?;
         self.flags.opened(rank, card.window);
         let import = Import { flags: Arc::clone(&self.flags), owner: rank, window: card.window };
-        let far = !self.beside.get(rank as usize).copied().unwrap_or(false);
-        let buffer = Buffer::import(self.context, address, card.bytes, far, import);
+        let buffer = Buffer::import(self.context, address, card.bytes, import);
         opened.insert((rank, card.serial), buffer.weak());
         Ok(buffer)
     }

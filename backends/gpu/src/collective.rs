@@ -16,7 +16,7 @@ use crate::letters::Letters;
 use crate::memory::Buffer;
 use crate::nccl::Comm;
 use crate::neighbours::{Card, Way, way};
-use crate::peer::{Round, Tag};
+use crate::peer::{Lanes, Round, Tag};
 use crate::stream::GpuStream;
 use crate::sync::{Deadline, lock};
 use crate::watch::{By, Watch};
@@ -29,6 +29,7 @@ pub struct GpuCollective {
     device: GpuDevice,
     group: Arc<Group>,
     wire: Wire,
+    lanes: Lanes,
     /// Where devices wait for other processes.
     watch: Option<Arc<Watch>>,
     prepared: AtomicU64,
@@ -68,9 +69,9 @@ impl GpuCollective {
                 context.enable_peers(&devices)?;
                 (Wire::Peer, Mail::Letters(letters))
             }
-            Way::Processes(flags, beside) => {
+            Way::Processes(flags) => {
                 let mail = Mail::Flags(Arc::clone(&flags));
-                (Wire::Abroad(Abroad::new(context, flags, beside)), mail)
+                (Wire::Abroad(Abroad::new(context, flags)), mail)
             }
             Way::Nccl { threads: true } => {
                 (Wire::Nccl(Arc::new(Comm::new(context, &member)?), None), Mail::Letters(letters))
@@ -85,7 +86,7 @@ impl GpuCollective {
     }
 
     fn new(device: &GpuDevice, group: Group, wire: Wire) -> Result<Self> {
-        let group = Arc::new(group);
+        let (group, lanes) = (Arc::new(group), Lanes::new(device.context())?);
         let by = match (&wire, &group.mail) {
             (Wire::Nccl(comm, _), Mail::None) => Some(By::Nccl(Arc::clone(comm))),
             (_, Mail::Flags(flags)) => Some(By::Flags(Arc::clone(flags))),
@@ -93,7 +94,7 @@ impl GpuCollective {
         };
         let watch = by.map(|by| Watch::start(device.context(), &group, by, device.lost())).transpose()?;
         let (prepared, barriers) = (AtomicU64::new(0), AtomicU64::new(0));
-        Ok(Self { device: device.clone(), group, wire, watch, prepared, barriers, rounds: Mutex::new(0) })
+        Ok(Self { device: device.clone(), group, wire, lanes, watch, prepared, barriers, rounds: Mutex::new(0) })
     }
 
     /// Runs `queue` for a round on `on`. If it fails, this rank is lost to its peers.
@@ -107,7 +108,7 @@ impl GpuCollective {
         let _bound = self.device.context().bind()?;
         *rounds += 1;
         let numbered = Numbered { tag, number: *rounds, deadline: Deadline::after(self.group.member.limit) };
-        let round = || queue(&Round { group: &self.group, on, numbered });
+        let round = || queue(&Round { group: &self.group, on, lanes: &self.lanes, numbered });
         let result = match &self.watch {
             Some(watch) => watch.round(on, numbered.number, round),
             None => round(),

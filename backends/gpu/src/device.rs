@@ -219,7 +219,7 @@ impl Device for GpuDevice {
         }
         let mut staged = context.pinned.take(context, from.len())?;
         staged.write(from)?;
-        copy::remote(on, [Job { form, from: staged.address(), to: address }])?;
+        copy::queue(on, [Job { form, from: staged.address(), to: address }])?;
         staged.until(on.record(false)?);
         Ok(())
     }
@@ -236,7 +236,7 @@ impl Device for GpuDevice {
             return self.download_dense(on, address, to, limit).and_then(|()| self.lost.check());
         }
         let mut staged = context.pinned.take(context, to.len())?;
-        copy::remote(on, [Job { form, from: address, to: staged.address() }])?;
+        copy::queue(on, [Job { form, from: address, to: staged.address() }])?;
         staged.until(on.record(false)?);
         on.synchronize("download", limit)?;
         self.lost.check()?;
@@ -256,7 +256,7 @@ impl Device for GpuDevice {
         from.buffer().used_on(on)?;
         to.buffer().used_on(on)?;
         let [a, b] = [(from.buffer(), from.at()), (to.buffer(), to.at())].map(|(x, at)| (x.address_of(at), at));
-        copy::local(on, Job::new(a, b))
+        copy::queue(on, Job::new(a, b))
     }
 
     fn fill(&self, on: &GpuStream, value: f32, to: ViewMut<'_, Self>) -> Result<()> {

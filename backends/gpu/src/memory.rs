@@ -27,8 +27,6 @@ pub(crate) struct Block {
     context: &'static Context,
     address: Address,
     bytes: usize,
-    /// Whether it is another device's, opened by this one.
-    far: bool,
     window: Option<u64>,
     home: Mutex<Option<Home>>,
     used: Mutex<Vec<Arc<Core>>>,
@@ -91,10 +89,10 @@ impl Buffer {
         Ok(Self::new(context, address, bytes, Some(group), Some(home)))
     }
 
-    /// A window of another process, which is open at `address`; `far` if it is another device's.
-    pub(crate) fn import(context: &'static Context, address: Address, bytes: usize, far: bool, import: Import) -> Self {
+    /// A window of another process, which is open at `address`.
+    pub(crate) fn import(context: &'static Context, address: Address, bytes: usize, import: Import) -> Self {
         let home = Mutex::new(Some(Home::Import(import)));
-        Self(Arc::new(Block { context, address, bytes, far, window: None, home, used: Mutex::default() }))
+        Self(Arc::new(Block { context, address, bytes, window: None, home, used: Mutex::default() }))
     }
 
     /// No memory.
@@ -118,11 +116,6 @@ impl Buffer {
             Some(Home::Plain { export: Some(export), .. }) => Some(of(export)),
             _ => None,
         }
-    }
-
-    /// Whether it is memory of `context`'s own device.
-    pub(crate) fn is_near(&self, context: &'static Context) -> bool {
-        !self.0.far && std::ptr::eq(self.0.context, context)
     }
 
     /// Somebody else's memory. The context is bound.
@@ -153,7 +146,7 @@ impl Buffer {
 
     fn new(context: &'static Context, address: Address, bytes: usize, window: Option<u64>, home: Option<Home>) -> Self {
         let home = Mutex::new(home);
-        let block = Block { context, address, bytes, far: false, window, home, used: Mutex::default() };
+        let block = Block { context, address, bytes, window, home, used: Mutex::default() };
         Self(Arc::new(block))
     }
 

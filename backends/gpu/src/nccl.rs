@@ -211,11 +211,11 @@ impl Comm {
         let packed: Vec<Part> = sends.iter().enumerate().map(|(i, send)| dense_send(exchange, i, send)).collect();
         let pack = sends.iter().cloned().zip(packed.iter().cloned()).filter(|(a, b)| !a.buffer.same(&b.buffer));
         let first: Vec<(Part, Part)> = own.chain(pack).collect();
-        copy::local(on, first.iter().filter_map(|(from, to)| Job::new(from.place(), to.place())))?;
+        copy::queue(on, first.iter().filter_map(|(from, to)| Job::new(from.place(), to.place())))?;
         self.travel(round, exchange, &packed)?;
         let unpack = draft.recvs.iter().zip(&draft.staged_recvs);
         let unpack: Vec<_> = unpack.filter_map(|(recv, at)| Some((draft.staged(*at)?, recv.clone()))).collect();
-        copy::local(on, unpack.iter().filter_map(|(from, to)| Job::new(from.place(), to.place())))?;
+        copy::queue(on, unpack.iter().filter_map(|(from, to)| Job::new(from.place(), to.place())))?;
         self.healthy()
     }
 

@@ -49,8 +49,8 @@ pub(crate) enum Way {
     Nccl { threads: bool },
     /// Peer copies between threads, on these devices.
     Threads(Vec<u32>),
-    /// Peer copies between processes, by shared memory; which ranks are on this one's device.
-    Processes(Arc<Flags>, Vec<bool>),
+    /// Peer copies between processes, by shared memory.
+    Processes(Arc<Flags>),
 }
 
 impl Wish {
@@ -173,7 +173,7 @@ pub(crate) fn way(context: &'static Context, member: &Member, cards: &[Card]) ->
     let in_the_way = shared.as_ref().and_then(|found| found.as_ref().err().map(String::as_str));
     wish.peer(name, cards, in_the_way)?;
     Ok(match shared {
-        Some(Ok(flags)) => Way::Processes(flags, cards.iter().map(|card| card.bus == own.bus).collect()),
+        Some(Ok(flags)) => Way::Processes(flags),
         _ => Way::Nccl { threads: false },
     })
 }

@@ -3,10 +3,14 @@
 //! ```text
 //! exchange(on):
 //!   for p in senders to me:     tell p `free`: from this point of `on` on my part may be written
-//!   copy what I send to myself
-//!   for p in receivers of mine: await `free` of p; copy; tell p `arrived`: from this point of `on` on
+//!   side by side, on `on` and on the lanes that fork from it:
+//!     for p in receivers of mine: await `free` of p; copy; tell p `arrived`: from this point on
+//!     copy what I send to myself
+//!   join the lanes
 //!   for p in senders to me:     await `arrived` of p
 //! ```
+//!
+//! Copies side by side hide each other's start.
 //!
 //! The host waits until its peers have *queued* their part, never until the device did it; the stream waits for the device.
 //! Between threads a point is an event in a letter, which also says where messages arrive. Every event is recorded before
@@ -17,8 +21,9 @@
 use std::fmt::{Display, Formatter};
 use std::sync::Arc;
 
-use longspan_hal::Result;
+use longspan_hal::{Priority, Result};
 
+use crate::context::Context;
 use crate::copy::{self, Job};
 use crate::event::Event;
 use crate::exchange::{GpuExchange, Part};
@@ -85,12 +90,29 @@ impl Display for Tag {
     }
 }
 
+/// Streams beside the one of an exchange. Few, since streams share hardware queues.
+#[derive(Debug)]
+pub(crate) struct Lanes([GpuStream; 3]);
+
+impl Lanes {
+    /// Lanes on the device of `context`.
+    ///
+    /// # Errors
+    /// [`longspan_hal::Error::Driver`].
+    pub(crate) fn new(context: &'static Context) -> Result<Self> {
+        let lane = || GpuStream::new(context, Priority::High);
+        Ok(Self([lane()?, lane()?, lane()?]))
+    }
+}
+
 /// One rank's part in one round.
 pub(crate) struct Round<'a> {
     /// The rank.
     pub group: &'a Group,
     /// Its stream, whose context is bound.
     pub on: &'a GpuStream,
+    /// Streams that may fork from it.
+    pub lanes: &'a Lanes,
     /// Which round, and until when it waits.
     pub numbered: Numbered,
 }
@@ -108,31 +130,44 @@ impl Round<'_> {
         // Everybody starts with another peer, so that nobody is written by all at once.
         let others = (1..n).map(|step| (me + step) % n);
         let senders: Vec<u32> = others.clone().filter(|p| draft.from.contains(p)).collect();
-        let free = if senders.is_empty() { None } else { self.point()? };
+        let free = if senders.is_empty() { None } else { self.point(self.on)? };
         for &peer in &senders {
-            self.tell(Topic::Free, peer, free.clone(), || exchange.parts_from(peer))?;
+            self.tell(self.on, Topic::Free, peer, free.clone(), || exchange.parts_from(peer))?;
         }
-        self.copy(exchange, sends, me, &exchange.parts_from(me))?;
-        for peer in others.filter(|p| draft.to.contains(p)) {
-            let letter = self.await_letter(Topic::Free, peer)?;
+        let receivers: Vec<u32> = others.chain([me]).filter(|p| draft.to.contains(p)).collect();
+        self.side_by_side(&receivers, |lane, peer| {
+            if peer == me {
+                return self.copy(lane, exchange, sends, me, &exchange.parts_from(me));
+            }
+            let letter = self.await_letter(lane, Topic::Free, peer)?;
             let told = letter.map(|letter| letter.parts);
-            self.copy(exchange, sends, peer, told.as_deref().map_or_else(|| exchange.parts_at(peer), Vec::as_slice))?;
-            self.tell(Topic::Arrived, peer, self.point()?, Arc::default)?;
-        }
-        senders.into_iter().try_for_each(|peer| self.await_letter(Topic::Arrived, peer).map(drop))
+            let to = told.as_deref().map_or_else(|| exchange.parts_at(peer), Vec::as_slice);
+            self.copy(lane, exchange, sends, peer, to)?;
+            self.tell(lane, Topic::Arrived, peer, self.point(lane)?, Arc::default)
+        })?;
+        senders.into_iter().try_for_each(|peer| self.await_letter(self.on, Topic::Arrived, peer).map(drop))
+    }
+
+    /// Queues `work` for each of `peers`, the first on the round's stream and the others on lanes, which join it in every case.
+    fn side_by_side(&self, peers: &[u32], work: impl Fn(&GpuStream, u32) -> Result<()>) -> Result<()> {
+        let lanes = &self.lanes.0[..peers.len().saturating_sub(1).min(self.lanes.0.len())];
+        let fork = if lanes.is_empty() { None } else { Some(self.on.record(false)?) };
+        let forked = lanes.iter().try_for_each(|lane| fork.iter().try_for_each(|fork| lane.wait(fork)));
+        let of = |i: usize| if i == 0 { self.on } else { &lanes[(i - 1) % lanes.len()] };
+        let done = forked.and_then(|()| peers.iter().enumerate().try_for_each(|(i, &peer)| work(of(i), peer)));
+        let joined = lanes.iter().try_for_each(|lane| self.on.wait(&lane.record(false)?));
+        done.and(joined)
     }
 
     /// Queues the messages to `peer`.
-    fn copy(&self, exchange: &GpuExchange, sends: &[Part], peer: u32, to: &[Part]) -> Result<()> {
+    fn copy(&self, on: &GpuStream, exchange: &GpuExchange, sends: &[Part], peer: u32, to: &[Part]) -> Result<()> {
         let from = exchange.draft.sends_to(peer).map(|i| &sends[i]);
         let mut jobs = Vec::new();
-        let mut near = true;
         for (from, to) in from.zip(to) {
             to.buffer.used_on(self.on)?;
-            near &= to.buffer.is_near(self.on.context());
             jobs.extend(Job::new(from.place(), to.place()));
         }
-        if near { copy::local(self.on, jobs) } else { copy::remote(self.on, jobs) }
+        copy::queue(on, jobs)
     }
 
     /// Meets `peers`: what they queued before happens before what this rank queues afterwards.
@@ -140,17 +175,17 @@ impl Round<'_> {
     /// # Errors
     /// As [`Round::exchange`].
     pub(crate) fn meet(&self, peers: &[u32]) -> Result<()> {
-        let here = self.point()?;
+        let here = self.point(self.on)?;
         for &peer in peers {
-            self.tell(Topic::Free, peer, here.clone(), Arc::default)?;
+            self.tell(self.on, Topic::Free, peer, here.clone(), Arc::default)?;
         }
-        peers.iter().try_for_each(|&peer| self.await_letter(Topic::Free, peer).map(drop))
+        peers.iter().try_for_each(|&peer| self.await_letter(self.on, Topic::Free, peer).map(drop))
     }
 
     /// This point of the stream, for letters.
-    fn point(&self) -> Result<Option<Event>> {
+    fn point(&self, on: &GpuStream) -> Result<Option<Event>> {
         match &self.group.mail {
-            Mail::Letters(_) => self.on.record(false).map(Some),
+            Mail::Letters(_) => on.record(false).map(Some),
             Mail::Flags(_) | Mail::None => Ok(None),
         }
     }
@@ -158,6 +193,7 @@ impl Round<'_> {
     /// Tells `peer` that this rank's part is queued.
     fn tell(
         &self,
+        on: &GpuStream,
         topic: Topic,
         peer: u32,
         event: Option<Event>,
@@ -169,23 +205,23 @@ impl Round<'_> {
                 letters.post(topic, [self.group.rank(), peer], letter);
                 Ok(())
             }
-            Mail::Flags(flags) => flags.tell(self.on, self.group, topic, peer, &self.numbered),
+            Mail::Flags(flags) => flags.tell(on, self.group, topic, peer, &self.numbered),
             Mail::None => Ok(()),
         }
     }
 
     /// Waits until `peer` queued its part; the stream waits until that ran.
-    fn await_letter(&self, topic: Topic, peer: u32) -> Result<Option<Letter>> {
+    fn await_letter(&self, on: &GpuStream, topic: Topic, peer: u32) -> Result<Option<Letter>> {
         match &self.group.mail {
             Mail::Letters(letters) => {
                 let Numbered { tag, deadline, .. } = self.numbered;
                 let letter = letters.collect(self.group, topic, peer, tag, deadline)?;
                 if let Some(event) = &letter.event {
-                    self.on.wait(event)?;
+                    on.wait(event)?;
                 }
                 Ok(Some(letter))
             }
-            Mail::Flags(flags) => flags.hear(self.on, self.group, topic, peer, &self.numbered).map(|()| None),
+            Mail::Flags(flags) => flags.hear(on, self.group, topic, peer, &self.numbered).map(|()| None),
             Mail::None => Ok(None),
         }
     }

@@ -210,6 +210,9 @@ pub struct Bench {
     /// Write the results as one page with pictures to this file
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
+    /// Write what every rank did when in the last row, for https://ui.perfetto.dev, to this file
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// What is computed.
     #[command(flatten)]
     pub shape: BenchShape,

@@ -23,8 +23,9 @@ use crate::bench::cases::Case;
 use crate::bench::measure::Bencher;
 use crate::bench::record::{Refused, Report};
 use crate::failure::{Failure, Result};
+use crate::record::Record;
 use crate::report::say;
-use crate::{backends, output, progress};
+use crate::{backends, output, progress, trace};
 
 /// Measures as the command line says.
 ///
@@ -33,7 +34,7 @@ use crate::{backends, output, progress};
 pub fn bench(args: &Bench) -> Result<()> {
     backends::check(&args.backend)?;
     backends::choose(&args.backend, args.exchange, args.kernel)?;
-    for path in [&args.json, &args.html].into_iter().flatten() {
+    for path in [&args.json, &args.html, &args.trace].into_iter().flatten() {
         output::check(path, None)?;
     }
     let cases = cases::list(args)?;
@@ -41,7 +42,7 @@ pub fn bench(args: &Bench) -> Result<()> {
     bar.set_length(cases.len() as u64);
     let measured = measure(args, &cases, || bar.inc(1));
     bar.finish_and_clear();
-    let (report, failure) = measured?;
+    let Measured { report, record, failure } = measured?;
     say(&table::text(&report))?;
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report).map_err(Failure::run)?;
@@ -50,17 +51,31 @@ pub fn bench(args: &Bench) -> Result<()> {
     if let Some(path) = &args.html {
         write(path, &page::html(&report))?;
     }
+    if let (Some(path), Some(record)) = (&args.trace, &record) {
+        write(path, &trace::trace(record).to_string())?;
+    }
     failure.map_or(Ok(()), Err)
 }
 
-/// The report, and the failure to end with if a case failed. One that was refused is said in the report, unless it was the
-/// only one.
-fn measure(args: &Bench, cases: &[Case], done: impl Fn()) -> Result<(Report, Option<Failure>)> {
+/// What came of all cases.
+struct Measured {
+    report: Report,
+    /// What the ranks of the last case did.
+    record: Option<Record>,
+    /// What to end with if a case failed.
+    failure: Option<Failure>,
+}
+
+/// Measures `cases`. One that was refused is said in the report, unless it was the only one.
+fn measure(args: &Bench, cases: &[Case], done: impl Fn()) -> Result<Measured> {
     let mut bencher = Bencher::new(args, cases)?;
-    let (mut rows, mut refused, mut failed) = (Vec::new(), Vec::new(), None);
+    let (mut rows, mut record, mut refused, mut failed) = (Vec::new(), None, Vec::new(), None);
     for case in cases {
         match bencher.measure(case) {
-            Ok(measured) => rows.extend(measured),
+            Ok((measured, recorded)) => {
+                rows.extend(measured);
+                record = recorded;
+            }
             Err(failure) if cases.len() == 1 => return Err(failure),
             Err(failure) => {
                 refused.push(Refused::new(case, failure.to_string()));
@@ -73,7 +88,7 @@ fn measure(args: &Bench, cases: &[Case], done: impl Fn()) -> Result<(Report, Opt
     }
     match refused.first() {
         Some(first) if rows.is_empty() => Err(failed.unwrap_or_else(|| Failure::Input(first.why.clone()))),
-        _ => Ok((bencher.report(rows, refused), failed)),
+        _ => Ok(Measured { report: bencher.report(rows, refused), record, failure: failed }),
     }
 }
 

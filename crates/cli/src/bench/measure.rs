@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use longspan::{DeviceInfo, Engine, Error, Extra, Pass, Peak, Plan, Problem, Work};
+use longspan::{DeviceInfo, DeviceReport, Engine, Error, Extra, Pass, Peak, Plan, Problem, Traffic, Work};
 
 use crate::args::Bench;
 use crate::bench::cases::Case;
 use crate::bench::record::{PeakRecord, Refused, Report, Row, SCHEMA, Shape, name};
 use crate::conformance::today;
 use crate::failure::{Failure, Result};
+use crate::record::Record;
 use crate::{doctor, engine, job};
 
 /// Seed of dropout: any will do.
@@ -42,6 +43,8 @@ struct Rank {
     pairs: u64,
     peak: u64,
     predicted: u64,
+    /// The last pass, where a trace is wanted.
+    recorded: Option<(DeviceReport, [Vec<Traffic>; 2])>,
 }
 
 impl<'a> Bencher<'a> {
@@ -102,16 +105,28 @@ impl<'a> Bencher<'a> {
         Ok(())
     }
 
-    /// A row for each pass of `case`.
+    /// A row for each pass of `case`, and, where a trace is wanted, what its ranks did in the last one.
     ///
     /// # Errors
     /// [`Failure::Input`] if the backend refuses the case; [`Failure::Run`].
-    pub fn measure(&mut self, case: &Case) -> Result<Vec<Row>> {
+    pub fn measure(&mut self, case: &Case) -> Result<(Vec<Row>, Option<Record>)> {
         self.measure_peak()?;
         let alone = self.alone(case)?;
-        let body = |engine: &mut dyn Engine| rank(case, self.args.repeat, engine);
+        let body = |engine: &mut dyn Engine| rank(case, self.args.repeat, self.args.trace.is_some(), engine);
         let ranks = engine::done(longspan::on_ranks_within(&self.args.backend, case.mesh(), self.limit, body)?)?;
-        Ok(passes(&case.problem).iter().enumerate().map(|(i, &pass)| self.row(case, &ranks, i, pass, &alone)).collect())
+        let passes = passes(&case.problem).iter().enumerate();
+        let rows: Vec<Row> = passes.map(|(i, &pass)| self.row(case, &ranks, i, pass, &alone)).collect();
+        let record = self.args.trace.is_some().then(|| {
+            let title = format!(
+                "bench, {}; {}; backend {}",
+                rows.last().map_or("", |r| &r.pass),
+                case.mesh(),
+                self.args.backend
+            );
+            let (reports, traffic) = ranks.into_iter().filter_map(|rank| rank.recorded).unzip();
+            Record::new(title, *case.mesh(), reports, traffic)
+        });
+        Ok((rows, record))
     }
 
     /// Seconds of each pass with a share of the heads on every device alone; nothing for a single rank, or without such a
@@ -120,7 +135,7 @@ impl<'a> Bencher<'a> {
         let (ranks, devices) = (case.mesh().size() as usize, self.used(case));
         let share = if ranks > 1 && ranks.is_multiple_of(devices) { case.alone(devices) } else { None };
         let Some(share) = share else { return Ok(Vec::new()) };
-        let body = |engine: &mut dyn Engine| rank(&share, self.args.repeat, engine);
+        let body = |engine: &mut dyn Engine| rank(&share, self.args.repeat, false, engine);
         let all = longspan::on_devices(&self.args.backend, devices, self.limit, body)?;
         let median_of = |i: usize| all.iter().map(|device| median(&device.passes[i].times)).fold(0.0, f64::max);
         Ok((0..passes(&case.problem).len()).map(median_of).collect())
@@ -179,12 +194,15 @@ fn passes(problem: &Problem) -> &'static [Pass] {
 }
 
 /// What one rank does.
-fn rank(case: &Case, repeat: u32, engine: &mut dyn Engine) -> longspan::Result<Rank> {
+fn rank(case: &Case, repeat: u32, record: bool, engine: &mut dyn Engine) -> longspan::Result<Rank> {
     let workspace = engine.prepare(&case.problem, [&case.layout, &case.layout], &case.mask)?;
     engine.reside(case.packed, &extra(&case.problem))?;
     let mut figures = Vec::new();
     for &pass in passes(&case.problem) {
         let times = (0..repeat).map(|_| engine.repeat(pass, false)).collect::<longspan::Result<_>>()?;
+        if record {
+            engine.meet()?;
+        }
         engine.repeat(pass, true)?;
         let (exchange, sent) = engine.report()?.total(Work::Exchange);
         let mut kernels = if pass == Pass::Backward { Vec::new() } else { engine.kernels(false) };
@@ -195,12 +213,15 @@ fn rank(case: &Case, repeat: u32, engine: &mut dyn Engine) -> longspan::Result<R
         figures.push(Figures { times, sent, exchange, kernels });
     }
     let report = engine.report()?;
-    Ok(Rank {
-        passes: figures,
-        pairs: engine.plan().map_or(0, Plan::pairs),
-        peak: report.memory.peak,
-        predicted: report.tensor_bytes + workspace.total() as u64,
-    })
+    let traffic = |backward| engine.plan().map_or(Ok(Vec::new()), |plan| plan.traffic(backward));
+    let [pairs, peak, predicted] =
+        [engine.plan().map_or(0, Plan::pairs), report.memory.peak, report.tensor_bytes + workspace.total() as u64];
+    let recorded = if record {
+        Some((report, [traffic(false)?, if case.problem.backward { traffic(true)? } else { Vec::new() }]))
+    } else {
+        None
+    };
+    Ok(Rank { passes: figures, pairs, peak, predicted, recorded })
 }
 
 /// Inputs of the problem's options.
