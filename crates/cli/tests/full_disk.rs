@@ -10,8 +10,7 @@ use std::process::Command;
 use common::{Said, longspan, said, text};
 
 const RUN: [&str; 5] = ["run", "--synthetic", "1,64,2,2,16", "--ring", "2"];
-const BENCH: [&str; 11] =
-    ["bench", "--seq", "64", "--heads", "2", "--head-dim", "16", "--repeat", "1", "--limit", "120"];
+const BENCH: &[&str] = &["bench", "--seq", "64", "--heads", "2", "--head-dim", "16", "--repeat", "1", "--ring", "2"];
 const CONFORMANCE: [&str; 3] = ["conformance", "--filter", "device/"];
 
 /// `longspan ARGS` where a file may have half a kilobyte and no more: writing fails in the middle, as on a full disk.
@@ -51,8 +50,8 @@ fn results_of_a_run() {
 
 #[test]
 fn reports_of_a_benchmark() {
-    for option in ["--json", "--html"] {
-        fails_and_leaves_what_was(&BENCH, option);
+    for option in ["--json", "--html", "--trace"] {
+        fails_and_leaves_what_was(BENCH, option);
     }
 }
 
