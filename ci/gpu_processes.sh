@@ -86,11 +86,12 @@ suite() {
 # killed NAME N EXCHANGE: a rank is killed while the devices compute; the others name it and end soon.
 killed() {
     [[ $1 == $checks ]] || return 0
-    local name=$1 n=$2 ok=0 rank child before after start end
+    local name=$1 n=$2 ok=0 rank child before during after start end
     before=$(used)
     # f32, whose kernels take their time.
     ranks "$name" "$n" run --backend "$backend" --exchange "$3" --synthetic "${LONG:-1,131072,8,8,128}" --ring "$n" --backward
     busy
+    during=$(used)
     child=$(pgrep -P "${pids[1]}" | head -1)
     start=$(date +%s%N)
     [[ -n $child ]] && kill -9 "$child"
@@ -104,7 +105,7 @@ killed() {
     after=$(used)
     # Memory of the killed and of the others is back: 64 MiB are less than one context.
     [[ $after == '?' ]] || ((after < before + 64)) || ok=1
-    line "$name" $ok "exit$status, $(((end - start) / 1000000)) ms after the kill; MiB in use before and after: $before, $after"
+    line "$name" $ok "exit$status, $(((end - start) / 1000000)) ms after the kill; MiB in use before, then, and after: $before, $during, $after"
     [[ $ok == 0 ]] || tail -n 3 "$out/$name".*
 }
 

@@ -100,9 +100,11 @@ line only-kernels $? "left in the folder: $(ls "$LONGSPAN_CACHE/$backend" | past
 check unwritable 0 "kernels can't be kept in /dev/null" env LONGSPAN_CACHE=/dev/null "$program" "${run[@]}"
 [[ $(count "can't be kept" unwritable) == 1 && $(count Verified unwritable) == 1 ]]
 line warned-once $? "$(count "can't be kept" unwritable) warning, and the run is right"
-# Files may have a kilobyte and no more, as on a full disk. (The emulator's compiler writes files of its own.)
+# Files may have a kilobyte and no more, as on a full disk; what is said goes through a pipe. (The emulator's compiler writes files
+# of its own.)
 if [[ -z $emulated ]]; then
-    check full-disk 0 "kernels can't be kept" bash -c "trap '' XFSZ; ulimit -f 1; exec \"\$@\"" bash "$program" "${run[@]}"
+    check full-disk 0 "kernels can't be kept" \
+        bash -c "set -o pipefail; (trap '' XFSZ; ulimit -f 1; exec \"\$@\" 2>&1) | cat" bash "$program" "${run[@]}"
     [[ $(ls "$LONGSPAN_CACHE/$backend") == notes.txt && $(count Verified full-disk) == 1 ]]
     line nothing-half-written $? "left in the folder: $(ls "$LONGSPAN_CACHE/$backend" | paste -sd' ')"
 fi

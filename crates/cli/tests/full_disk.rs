@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs::{self, OpenOptions};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use common::{Said, longspan, said, text};
 
@@ -63,11 +63,13 @@ fn reports_of_conformance_and_pictures_of_layouts() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn standard_output() {
-    let full = OpenOptions::new().write(true).open("/dev/full").expect("a device of Linux");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_longspan"));
-    let said = command.args(RUN).stdout(full).stderr(std::process::Stdio::piped()).spawn();
-    let said = said.and_then(std::process::Child::wait_with_output).expect("it starts");
-    let stderr = String::from_utf8_lossy(&said.stderr);
-    assert!(said.status.code() == Some(1) && stderr.contains("stdout: No space left on device"), "{said:?}");
+fn standard_output_and_error() {
+    let full = || OpenOptions::new().write(true).open("/dev/full").expect("a device of Linux");
+    let program = || Command::new(env!("CARGO_BIN_EXE_longspan"));
+    let output = program().args(RUN).stdout(full()).stderr(Stdio::piped()).spawn().and_then(Child::wait_with_output);
+    let output = output.expect("it starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && stderr.contains("stdout: No space left on device"), "{output:?}");
+    let refused = program().args(["run", "--input", "/no/such"]).stderr(full()).status().expect("it starts");
+    assert_eq!(refused.code(), Some(2), "nobody is told, and nothing panics");
 }
