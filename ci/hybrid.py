@@ -7,7 +7,8 @@
 In this order, as far as --budget seconds go; what no time was left for is listed, not left out silently:
 
     check    every U x R of the ranks, both placements, zigzag and stripe: forward and backward against attention in f64
-    cuts     every U x R, placement, layout and way of exchange at the shorter lengths; fewer of them at the longer ones
+    cuts     every U x R, placement, layout, way of exchange, and one or two head groups at the shorter lengths; fewer of them at the
+             longer ones
     longest  the best cut alone at 512k and 1M tokens
 
 A peer's measurements on the same machine stand beside ours with --peers FILE: a JSON list of objects with `name`, `H`, `HK`, `S`,
@@ -28,7 +29,7 @@ import time
 # Operations a second of a device, to foretell how long a measurement takes, and passes that `longspan bench` makes of a step.
 RATE, PASSES = 4.5e14, 16
 Shape = collections.namedtuple("Shape", "heads kv_heads mask")
-Run = collections.namedtuple("Run", "shape seq cut layout placement exchange repeat")
+Run = collections.namedtuple("Run", "shape seq cut layout placement exchange groups repeat")
 
 
 def main():
@@ -96,11 +97,13 @@ class Hybrid:
         causal, wide, dit = Shape(32, 8, "causal"), Shape(64, 8, "causal"), Shape(24, 24, "full")
         exchanges = ["peer", "nccl"] if self.args.backend.split(":")[0] in ("cuda", "rocm") else [None]
         own, other = exchanges[0], exchanges[-1]
-        run = lambda shape, k, layout="zigzag", placement="ulysses-inner", exchange=own, repeat=3: Run(
-            shape, (k << 10) // self.args.scale, None, layout, placement, exchange, repeat
+        run = lambda shape, k, layout="zigzag", placement="ulysses-inner", exchange=own, groups=1, repeat=3: Run(
+            shape, (k << 10) // self.args.scale, None, layout, placement, exchange, groups, repeat
         )
         yield run(causal, 64)
+        yield run(causal, 64, groups=2)
         yield run(causal, 128)
+        yield run(causal, 128, groups=2)
         yield run(causal, 64, placement="ring-inner")
         yield run(causal, 64, layout="stripe")
         if other != own:
@@ -109,8 +112,10 @@ class Hybrid:
         yield run(dit, 16, layout="contiguous")
         yield run(dit, 64, layout="contiguous")
         yield run(wide, 64)
+        yield run(wide, 64, groups=2)
+        yield run(dit, 64, layout="contiguous", groups=2)
         yield run(causal, 256)
-        yield run(wide, 128)
+        yield run(wide, 128, groups=2)
         yield run(causal, 128, placement="ring-inner")
         yield run(causal, 128, layout="stripe")
         yield run(dit, 32, layout="contiguous")
@@ -125,6 +130,7 @@ class Hybrid:
 
     def measure(self, run):
         name = f"bench H{run.shape.heads}:{run.shape.kv_heads} {run.shape.mask} S={run.seq} {run.layout} {run.placement} {run.exchange or ''}"
+        name += f" {run.groups} groups" if run.groups > 1 else ""
         name += f" U{run.cut[0]} R{run.cut[1]}" if run.cut else ""
         if self.seconds(run) > self.left_seconds():
             self.left.append(name)
@@ -134,7 +140,7 @@ class Hybrid:
         exchange = ["--exchange", run.exchange] if run.exchange else []
         good, text = self.longspan(
             "bench", "--backend", self.args.backend, *exchange, "--seq", run.seq, *cut, "--heads", run.shape.heads, "--kv-heads",
-            run.shape.kv_heads, "--mask", run.shape.mask, "--layout", run.layout, "--placement", run.placement, "--backward",
+            run.shape.kv_heads, "--head-groups", run.groups, "--mask", run.shape.mask, "--layout", run.layout, "--placement", run.placement, "--backward",
             "--repeat", run.repeat, "--json", file,
         )  # fmt: skip
         print(f"{name}: " + {True: "ok", False: "FAILED", None: "not done, no time left"}[good], flush=True)
@@ -181,7 +187,7 @@ class Hybrid:
                 best.setdefault(key, []).append((row["median_s"], run, row))
         if not best:
             return
-        print(f"\n{name}: TFLOP/s a device, of every U x R the best layout, placement and exchange; overlap: the same work alone / the best")
+        print(f"\n{name}: TFLOP/s a device, of every U x R the best layout, placement, exchange and head groups; overlap: the same work alone / the best")
         print("| H:HK | mask | S | best cut | ms | " + " | ".join(f"U{u} R{r}" for u, r in cuts(self.ranks)) + " | overlap | peak GiB | best peer ms | ours / peer |")
         print("|" + "---|" * (9 + len(cuts(self.ranks))))
         for (shape, seq), all_ in sorted(best.items()):
@@ -194,6 +200,7 @@ class Hybrid:
             peers = [p[what] for p in self.peers if (p.get("H"), p.get("HK"), p.get("S")) == (shape.heads, shape.kv_heads, seq) and what in p and not p["name"].startswith("ideal")]
             peer = f"{min(peers):.3g} | {min(peers) / seconds / 1e3:.2f}x" if peers else "- | -"
             how = f"U{row['ulysses']} R{row['ring']} {run.layout} {run.placement} {run.exchange or ''}".strip()
+            how += f", {run.groups} head groups" if run.groups > 1 else ""
             print(
                 f"| {shape.heads}:{shape.kv_heads} | {shape.mask} | {seq} | {how} | {seconds * 1e3:.4g} | " + " | ".join(cells)
                 + f" | {'-' if overlap is None else f'{100 * overlap:.1f} %'} | {row['peak_bytes'] / 2**30:.2f} | {peer} |"
