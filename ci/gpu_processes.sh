@@ -19,6 +19,9 @@ passed=0
 failed=0
 port=$((21000 + RANDOM % 8000))
 mkdir -p "$out"
+# Nobody is left behind if this script is ended.
+trap 'exit 143' TERM
+trap 'kill $(jobs -p) 2>/dev/null' EXIT
 
 # ranks NAME N ARGS...: N processes of the program; their exit statuses are in `status`, what rank R said in NAME.R.
 ranks() {
