@@ -4,6 +4,7 @@
 #   ci/gpu.sh build [FOLDER]             here: builds the stripped programs into FOLDER (target/gpu); needs no GPU
 #   ci/gpu.sh run [FOLDER] [FILTER]      there: needs FOLDER, this script, the driver and libnvrtc (LONGSPAN_LIBNVRTC names it
 #                                        where it lies in no usual place); judges `cuda` with the conformance suite
+#   ci/gpu_program.sh [FOLDER]           there: faults, the kernel cache, doctor and bench of the program, a line a check
 #   ci/gpu_processes.sh [FOLDER]         there: ranks as processes, by peer copies and by NCCL, a line a check
 #
 # Most of the first run's time goes into compiling kernels, so the suite is cut into one part a core. Reports are

@@ -5,10 +5,12 @@
 //   one block = one tile of FMA_ROWS query rows of one head; a thread owns 2 rows and an eighth of their keys and columns
 //     (acc, m, l) = (0, -inf, 0), or the partial of an earlier call
 //     for each block of BLOCK_N keys of the tile's pieces: K and V to shared memory
-//         x = transform(q k); m' = max(m, rowmax x); rescale by exp2(m - m'); P = exp2(x - m'); acc += dropout(P) V
+//         x = transform(q k); m' = max(m, roundup(rowmax x)); P = exp2(x - m')
+//         (l, acc) = (l, acc) exp2(m - m') + (rowsum P, dropout(P) V)
 //     write (acc, m, l), or add the sink and write out and lse
 //
-// m is kept in log2 units. Macros: PARTIAL.
+// Results hardly depend on the order of the blocks, and so of a ring's steps: m is a whole number in log2 units, so that rescaling
+// is exact and m survives its way through a partial in natural units; and a block is summed by itself. Macros: PARTIAL.
 
 struct ForwardParams {
     Problem problem;
@@ -45,8 +47,8 @@ DEVICE void load_state(const ForwardParams &p, const Tile &t, u32 head, State &s
         s.l[i] = 0.0f;
         UNROLL for (int c = 0; c < HEAD_DIM_V / 8; ++c) s.acc[i][c] = 0.0f;
         if (!(p.stage & 1) || row >= int(t.rows)) continue;
-        s.m[i] = *at<const float>(p.m, t.batch, t.row0 + row, head) * LOG2E;
-        s.l[i] = threadIdx.x % 8 == 0 ? *at<const float>(p.l, t.batch, t.row0 + row, head) : 0.0f;
+        s.m[i] = round_up(*at<const float>(p.m, t.batch, t.row0 + row, head) * LOG2E - 0.5f);
+        s.l[i] = *at<const float>(p.l, t.batch, t.row0 + row, head);
         const float *from = at<const float>(p.acc, t.batch, t.row0 + row, head);
         each_column<HEAD_DIM_V>(p.problem.head_dim_v, [&](int c, int column) { s.acc[i][c] = from[column]; });
     }
@@ -55,11 +57,10 @@ DEVICE void load_state(const ForwardParams &p, const Tile &t, u32 head, State &s
 DEVICE void store_state(const ForwardParams &p, const Tile &t, u32 head, const State &s) {
     UNROLL for (int i = 0; i < 2; ++i) {
         int row = threadIdx.x / 8 * 2 + i;
-        float l = over_row(s.l[i], false);
         if (row >= int(t.rows)) continue;
         if (threadIdx.x % 8 == 0) {
             *at<float>(p.m, t.batch, t.row0 + row, head) = s.m[i] * LN2;
-            *at<float>(p.l, t.batch, t.row0 + row, head) = l;
+            *at<float>(p.l, t.batch, t.row0 + row, head) = s.l[i];
         }
         float *to = at<float>(p.acc, t.batch, t.row0 + row, head);
         each_column<HEAD_DIM_V>(p.problem.head_dim_v, [&](int c, int column) { to[column] = s.acc[i][c]; });
@@ -70,10 +71,9 @@ DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, const State 
     float sink = p.sinks.ptr ? *at<const float>(p.sinks, 0, 0, p.problem.head_first + head) * LOG2E : -INFINITY_F;
     UNROLL for (int i = 0; i < 2; ++i) {
         int row = threadIdx.x / 8 * 2 + i;
-        float l = over_row(s.l[i], false), top = maximum(s.m[i], sink);
-        float by = s.m[i] == -INFINITY_F ? 0.0f : exp2_fast(s.m[i] - top);
-        l = l * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
         if (row >= int(t.rows)) continue;
+        float top = maximum(s.m[i], sink), by = s.m[i] == -INFINITY_F ? 0.0f : exp2_fast(s.m[i] - top);
+        float l = s.l[i] * by + (sink == -INFINITY_F ? 0.0f : exp2_fast(sink - top));
         float factor = l == 0.0f ? 0.0f : by / l;
         if (threadIdx.x % 8 == 0)
             *at<float>(p.lse, t.batch, t.row0 + row, head) = top == -INFINITY_F ? top : top * LN2 + natural_log(l);
@@ -85,7 +85,7 @@ DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, const State 
 // One block of keys, from `key` on.
 DEVICE void attend(const ForwardParams &p, const Tile &t, u32 head, const Piece &piece, int key, float *memory, State &s) {
     const Score score = score_of(p.problem, head);
-    float x[2][J];
+    float x[2][J], by[2], sum[2][HEAD_DIM_V / 8];
     dots<HEAD_DIM, J>(x, memory + Q_AT, memory + K_AT);
     UNROLL for (int i = 0; i < 2; ++i) {
         const int local = threadIdx.x / 8 * 2 + i, row = t.row0 + local;
@@ -97,22 +97,26 @@ DEVICE void attend(const ForwardParams &p, const Tile &t, u32 head, const Piece 
             x[i][j] = seen ? transform(score, piece, x[i][j], row, c, unused) : -INFINITY_F;
             top = maximum(top, x[i][j]);
         }
-        top = maximum(s.m[i], over_row(top, true));
-        const float base = top == -INFINITY_F ? 0.0f : top, by = exp2_fast(s.m[i] - base);
+        top = maximum(s.m[i], round_up(over_row(top, true)));
+        const float base = top == -INFINITY_F ? 0.0f : top;
+        by[i] = exp2_fast(s.m[i] - base);
         s.m[i] = top;
-        s.l[i] *= by;
-        UNROLL for (int c = 0; c < HEAD_DIM_V / 8; ++c) s.acc[i][c] *= by;
+        float l = 0.0f;
         UNROLL for (int j = 0; j < J; ++j) {
             float weight = exp2_fast(x[i][j] - base);
-            s.l[i] += weight;
+            l += weight;
 #if DROPOUT
             weight *= keep_factor(dropout_of(p.problem, t.batch, head), piece, row, key + int(threadIdx.x % 8) + 8 * j);
 #endif
             memory[P_AT + local * (BLOCK_N + 1) + threadIdx.x % 8 + 8 * j] = weight;
         }
+        s.l[i] = s.l[i] * by[i] + over_row(l, false);
+        UNROLL for (int c = 0; c < HEAD_DIM_V / 8; ++c) sum[i][c] = 0.0f;
     }
     warp_barrier();  // a row's weights are written and read by one warp
-    gather<HEAD_DIM_V, BLOCK_N>(s.acc, memory + P_AT, memory + V_AT);
+    gather<HEAD_DIM_V, BLOCK_N>(sum, memory + P_AT, memory + V_AT);
+    UNROLL for (int i = 0; i < 2; ++i)
+        UNROLL for (int c = 0; c < HEAD_DIM_V / 8; ++c) s.acc[i][c] = s.acc[i][c] * by[i] + sum[i][c];
 }
 
 KERNEL(FMA_THREADS, 1) attention_forward(PARAMS(ForwardParams) p) {

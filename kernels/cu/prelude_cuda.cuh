@@ -52,6 +52,7 @@ DEVICE float reciprocal(float x) { return __fdiv_rn(1.0f, x); }
 DEVICE float divide_fast(float x, float y) { return __fdividef(x, y); }
 DEVICE float natural_log(float x) { return logf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
 
 // ---- 16-bit elements ----

@@ -118,6 +118,7 @@ DEVICE float natural_log(float x) { return __builtin_logf(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float divide_fast(float x, float y) { return x * __builtin_amdgcn_rcpf(y); }
 DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
+DEVICE float round_up(float x) { return __builtin_ceilf(x); }
 DEVICE u32 high_product(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
 
 // ---- 16-bit elements ----

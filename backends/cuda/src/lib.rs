@@ -7,14 +7,16 @@
 //! |---|---|
 //! | `LONGSPAN_EXCHANGE` | `auto` (the default), `peer` or `nccl`: how messages travel |
 //! | `LONGSPAN_KERNEL` | `auto` (the default), `flash2` or `flash3`: class of the attention kernels (`flash3` on Hopper only) |
-//! | `LONGSPAN_LIBCUDA`, `LONGSPAN_LIBNVRTC`, `LONGSPAN_LIBNCCL`, `LONGSPAN_LIBCUBLAS` | path of a library, tried first |
+//! | `LONGSPAN_LIBCUDA`, `LONGSPAN_LIBNVRTC`, `LONGSPAN_LIBNCCL`, `LONGSPAN_LIBCUBLAS` | path of a library, and no other is tried |
 //! | `LONGSPAN_CACHE` | folder of compiled kernels |
 //! | `LONGSPAN_QUIET` | no lines about compiled kernels |
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use longspan_gpu::{Asked, Codes, Facts, Flavor, GpuBackend, Machine, Place, Products, Vendor, in_site_packages};
+use longspan_gpu::{
+    Asked, Codes, Facts, Flavor, GpuBackend, Machine, Place, Products, Vendor, in_site_packages, named_or,
+};
 pub use longspan_gpu::{Cache, CacheFigures};
 use longspan_hal::Result;
 use longspan_kernels::{Prelude, Target};
@@ -73,6 +75,8 @@ const FACTS: Facts = Facts {
     target,
     arch_flag: "--gpu-architecture=",
     flags: &["-std=c++17"],
+    // CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink they are, over PCIe not.
+    fast_link: Some((3, "NVLink")),
     oldest: (12_000, "driver 525 (CUDA 12.0)"),
 };
 
@@ -124,43 +128,41 @@ fn arch(major: u32, minor: u32) -> String {
 }
 
 fn driver() -> Vec<OsString> {
-    let mut list = named("LONGSPAN_LIBCUDA");
-    list.extend(["libcuda.so.1", "libcuda.so", "/usr/local/nvidia/lib64/libcuda.so.1"].map(OsString::from));
-    list
+    let usual = ["libcuda.so.1", "libcuda.so", "/usr/local/nvidia/lib64/libcuda.so.1"];
+    named_or("LONGSPAN_LIBCUDA", || usual.map(OsString::from).into())
 }
 
 fn compiler() -> Vec<OsString> {
-    let mut list = named("LONGSPAN_LIBNVRTC");
     let versions = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
-    list.extend(versions.map(OsString::from));
-    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os).map(PathBuf::from);
-    for home in homes.chain([PathBuf::from("/usr/local/cuda")]) {
-        for folder in ["lib64", "lib", "targets/x86_64-linux/lib"] {
-            list.extend(versions.map(|name| home.join(folder).join(name).into_os_string()));
+    named_or("LONGSPAN_LIBNVRTC", || {
+        let mut list: Vec<OsString> = versions.map(OsString::from).into();
+        let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os).map(PathBuf::from);
+        for home in homes.chain([PathBuf::from("/usr/local/cuda")]) {
+            for folder in ["lib64", "lib", "targets/x86_64-linux/lib"] {
+                list.extend(versions.map(|name| home.join(folder).join(name).into_os_string()));
+            }
         }
-    }
-    list.extend(in_site_packages("nvidia", "libnvrtc.so"));
-    list
+        list.extend(in_site_packages("nvidia", "libnvrtc.so"));
+        list
+    })
 }
 
 fn nccl() -> Vec<OsString> {
-    let mut list = named("LONGSPAN_LIBNCCL");
-    list.extend(["libnccl.so.2", "libnccl.so"].map(OsString::from));
-    list.extend(in_site_packages("nvidia", "libnccl.so"));
-    list
+    named_or("LONGSPAN_LIBNCCL", || {
+        let mut list: Vec<OsString> = ["libnccl.so.2", "libnccl.so"].map(OsString::from).into();
+        list.extend(in_site_packages("nvidia", "libnccl.so"));
+        list
+    })
 }
 
 fn products() -> Vec<OsString> {
-    let mut list = named("LONGSPAN_LIBCUBLAS");
     let versions = ["libcublas.so.13", "libcublas.so.12", "libcublas.so"];
-    list.extend(versions.map(OsString::from));
-    list.extend(versions.map(|name| PathBuf::from("/usr/local/cuda/lib64").join(name).into_os_string()));
-    list.extend(in_site_packages("nvidia", "libcublas.so"));
-    list
-}
-
-fn named(variable: &str) -> Vec<OsString> {
-    std::env::var_os(variable).filter(|v| !v.is_empty()).into_iter().collect()
+    named_or("LONGSPAN_LIBCUBLAS", || {
+        let mut list: Vec<OsString> = versions.map(OsString::from).into();
+        list.extend(versions.map(|name| PathBuf::from("/usr/local/cuda/lib64").join(name).into_os_string()));
+        list.extend(in_site_packages("nvidia", "libcublas.so"));
+        list
+    })
 }
 
 #[cfg(test)]

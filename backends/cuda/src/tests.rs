@@ -24,6 +24,54 @@ fn without_a_driver_every_way_in_says_how_to_get_it() {
     }
 }
 
+/// What NVIDIA's machine would be with other libraries than this one has.
+fn machine(facts: Facts) -> &'static Machine {
+    Box::leak(Box::new(Machine::new(facts)))
+}
+
+#[track_caller]
+fn unavailable<T: std::fmt::Debug>(result: Result<T>, words: &[&str]) {
+    let error = result.expect_err("it is not there");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    words.iter().for_each(|word| assert!(error.to_string().contains(word), "no `{word}` in {error}"));
+}
+
+#[test]
+fn a_missing_driver_or_compiler_says_how_to_get_it() {
+    let nowhere = |place| Place { candidates: || vec!["/nowhere/lib.so".into()], beside: &[], ..place };
+    let none = machine(Facts { driver: nowhere(FACTS.driver), compiler: nowhere(FACTS.compiler), ..FACTS });
+    unavailable(none.driver(), &["/nowhere/lib.so", "install the NVIDIA driver", "LONGSPAN_LIBCUDA"]);
+    unavailable(none.devices(), &["install the NVIDIA driver"]);
+    unavailable(none.compiler(), &["/nowhere/lib.so", "pip install nvidia-cuda-nvrtc", "LONGSPAN_LIBNVRTC"]);
+}
+
+/// A driver made of `tests/driver.c` by the C compiler that Rust links with.
+#[cfg(target_os = "linux")]
+fn made(name: &str, flags: &[&str]) -> Vec<OsString> {
+    thread_local!(static FOLDER: tempfile::TempDir = tempfile::tempdir().expect("a folder"));
+    let library = FOLDER.with(|folder| folder.path().join(name));
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tests/driver.c");
+    let mut compiler = std::process::Command::new("cc");
+    let output =
+        compiler.args(["-shared", "-fPIC", source, "-o"]).arg(&library).args(flags).output().expect("cc starts");
+    assert!(output.status.success(), "{output:?}");
+    vec![library.into_os_string()]
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn drivers_that_are_too_old_or_find_no_gpu_say_so() {
+    let with = |candidates| machine(Facts { driver: Place { candidates, ..FACTS.driver }, ..FACTS });
+    let old = with(|| made("old.so", &["-DVERSION=11080", "-DINIT=0"]));
+    unavailable(old.driver(), &["it is too old", "driver 525 (CUDA 12.0)", "install the NVIDIA driver (525 or newer)"]);
+    let older = with(|| made("older.so", &["-DVERSION=11010", "-DINIT=0", "-DOLD"]));
+    unavailable(older.driver(), &["no symbol cuMemPoolCreate", "probably too old", "525 or newer"]);
+    let no_gpu = with(|| made("no-gpu.so", &["-DVERSION=13000", "-DINIT=100"]));
+    unavailable(no_gpu.driver(), &["cuInit failed with code 100: its text", "on a machine with an NVIDIA GPU"]);
+    let none = with(|| made("none.so", &["-DVERSION=13000", "-DINIT=0"]));
+    assert_eq!(none.devices(), Ok(Vec::new()));
+}
+
 #[test]
 fn a_library_that_is_not_a_driver_is_unavailable_and_names_the_symbol() {
     use longspan_gpu::dylib::{Library, Search};

@@ -77,7 +77,8 @@ impl Cache {
     /// The code of `key`, if it is there and whole.
     pub fn get(&self, key: Key) -> Option<Vec<u8>> {
         let mut file = fs::read(self.folder.as_ref()?.join(key.file())).ok()?;
-        let code = (file.get(..HEAD)? == head(key, file.get(HEAD..)?)).then(|| file.split_off(HEAD));
+        let whole = file.split_at_checked(HEAD).is_some_and(|(start, code)| start == head(key, code));
+        let code = whole.then(|| file.split_off(HEAD));
         if code.is_none() {
             say(&format!("{} in the kernel cache is damaged; it is made again", key.file()));
         }
@@ -246,6 +247,31 @@ mod tests {
         cache.put(Key::of(["k"]), b"code");
         assert_eq!(cache.get(Key::of(["k"])), None);
         assert_eq!(cache.clear().expect("nothing to do"), Figures::default());
+    }
+
+    /// In a process of its own, whose files may have a kilobyte and no more: writing fails in the middle, as on a full disk.
+    #[cfg(unix)]
+    #[test]
+    fn a_full_disk_is_a_warning_and_nothing_is_half_written() {
+        const FOLDER: &str = "LONGSPAN_TEST_FULL_DISK";
+        if let Some(folder) = std::env::var_os(FOLDER) {
+            let cache = Cache::at(folder);
+            (0..3).for_each(|_| cache.put(Key::of(["k"]), &[1; 8192]));
+            assert_eq!((cache.get(Key::of(["k"])), cache.figures()), (None, Figures::default()));
+            return;
+        }
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let output = std::process::Command::new("sh")
+            .args(["-c", "trap '' XFSZ; ulimit -f 1; exec \"$@\"", "sh"])
+            .arg(std::env::current_exe().expect("this test"))
+            .args(["--exact", "cache::tests::a_full_disk_is_a_warning_and_nothing_is_half_written", "--nocapture"])
+            .env(FOLDER, folder.path())
+            .env_remove("LONGSPAN_QUIET")
+            .output()
+            .expect("a shell");
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr).matches("kernels can't be kept").count(), 1, "{output:?}");
+        assert_eq!(fs::read_dir(folder.path()).expect("readable").count(), 0, "nothing is left");
     }
 
     #[test]

@@ -146,6 +146,15 @@ fn c_string(what: &'static str, text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| Error::invalid(what, "it holds a zero byte"))
 }
 
+/// The library that `variable` names, and no other: a name that can't be loaded is an error, not a reason to take something else.
+/// Without one, `usual`.
+pub fn named_or(variable: &str, usual: impl FnOnce() -> Vec<OsString>) -> Vec<OsString> {
+    match std::env::var_os(variable).filter(|path| !path.is_empty()) {
+        Some(path) => vec![path],
+        None => usual(),
+    }
+}
+
 /// Files in Python's site-packages whose path there is `parent/DIR/lib/NAME...`, newest version first: the wheels of
 /// vendors' libraries, for programs without an installed toolkit.
 pub fn in_site_packages(parent: &str, name: &str) -> Vec<OsString> {

@@ -1,5 +1,8 @@
 //! What there is of a vendor on this machine, for people.
 
+use std::ffi::c_int;
+
+use longspan_dylib::table;
 use longspan_hal::{Error, Finding, Result};
 
 use crate::cache::Cache;
@@ -7,7 +10,17 @@ use crate::device::version_text;
 use crate::driver::Driver;
 use crate::machine::{Machine, Vendor};
 
-/// Libraries with their versions, devices, which device reaches which, and the cache of kernels.
+table! {
+    /// What only people ask.
+    struct Links {
+        /// A figure of a pair of devices.
+        fn pair["cuDeviceGetP2PAttribute", "hipDeviceGetP2PAttribute"](
+            value: *mut c_int, attribute: c_int, from: c_int, to: c_int,
+        ) -> c_int;
+    }
+}
+
+/// Libraries with their versions, devices, which device reaches which and how, and the cache of kernels.
 pub(crate) fn findings<V: Vendor>() -> Vec<Finding> {
     let (machine, facts) = (V::machine(), V::machine().facts());
     let mut list = vec![
@@ -71,22 +84,40 @@ fn devices(machine: &'static Machine) -> Vec<Finding> {
     let mut list: Vec<Finding> = devices.iter().map(one).collect();
     let ordinals: Vec<u32> = devices.iter().map(|d| d.index).collect();
     if ordinals.len() > 1 {
-        list.push(Finding::new("peer access", links(machine, driver, &ordinals)));
+        let apart = without(&ordinals, |a, b| machine.reaches(driver, a, b));
+        list.push(Finding::new("peer access", apart.map(|apart| said(ordinals.len(), &apart))));
+        list.extend(links(machine, driver, &ordinals).map(|state| Finding::new("links", state)));
     }
     list
 }
 
-/// Which devices can't access each other's memory.
-fn links(machine: &Machine, driver: &Driver, ordinals: &[u32]) -> Result<String> {
-    let mut apart = Vec::new();
+/// Which pairs of devices have the vendor's fast link, where that can be asked.
+fn links(machine: &Machine, driver: &Driver, ordinals: &[u32]) -> Option<Result<String>> {
+    let (attribute, link) = machine.facts().fast_link?;
+    let functions = Links::load(driver.library().clone(), machine.facts().flavor.column()).ok()?;
+    let linked = |a, b| {
+        let (from, to, mut value) = (machine.device(driver, a)?, machine.device(driver, b)?, 0);
+        // SAFETY: `value` is written.
+        machine.check(driver, unsafe { functions.pair(&mut value, attribute, from, to) })?;
+        Ok(value != 0)
+    };
+    Some(without(ordinals, linked).map(|apart| match &apart[..] {
+        [] => format!("{link} between all {} devices", ordinals.len()),
+        apart => format!("no {link} from {}", apart.join(", ")),
+    }))
+}
+
+/// Pairs of devices that do not have what is asked, each way.
+fn without(ordinals: &[u32], has: impl Fn(u32, u32) -> Result<bool>) -> Result<Vec<String>> {
+    let mut list = Vec::new();
     for &a in ordinals {
         for &b in ordinals.iter().filter(|b| **b != a) {
-            if !machine.reaches(driver, a, b)? {
-                apart.push(format!("{a} to {b}"));
+            if !has(a, b)? {
+                list.push(format!("{a} to {b}"));
             }
         }
     }
-    Ok(said(ordinals.len(), &apart))
+    Ok(list)
 }
 
 fn said(devices: usize, apart: &[String]) -> String {
@@ -111,7 +142,8 @@ mod tests {
     #[test]
     fn links_name_the_pairs_that_are_apart() {
         assert!(said(8, &[]).contains("all 8 devices"));
-        let text = said(4, &["0 to 2".into(), "2 to 0".into()]);
+        let apart = without(&[0, 1, 2], |a, b| Ok(a + b != 2)).expect("answered");
+        let text = said(3, &apart);
         assert!(text.contains("0 to 2, 2 to 0") && text.contains("library"), "{text}");
     }
 

@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -90,6 +91,7 @@ impl Context {
 /// A line to the user, unless `LONGSPAN_QUIET` is set.
 pub(crate) fn say(line: &str) {
     if std::env::var_os("LONGSPAN_QUIET").is_none() {
-        eprintln!("longspan: {line}");
+        // Where stderr can't be written, there is nobody to tell.
+        let _ = writeln!(std::io::stderr(), "longspan: {line}");
     }
 }

@@ -61,7 +61,7 @@ pub use attention::GpuAttention;
 pub use backend::GpuBackend;
 pub use cache::{Cache, Figures as CacheFigures, Key};
 pub use collective::GpuCollective;
-pub use compiler::{Compiler, in_site_packages};
+pub use compiler::{Compiler, in_site_packages, named_or};
 pub use device::GpuDevice;
 pub use driver::{Address, Driver, Flavor, Handle, PoolProperties, Rows, Shared};
 pub use event::Event;

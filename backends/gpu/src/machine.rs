@@ -73,6 +73,8 @@ pub struct Facts {
     pub arch_flag: &'static str,
     /// Flags of the compiler, beside the architecture and macros.
     pub flags: &'static [&'static str],
+    /// The attribute of a pair of devices that says whether they have a link with atomics of its own, and what that link is.
+    pub fast_link: Option<(i32, &'static str)>,
     /// The driver's oldest version that works, and what that is to people.
     pub oldest: (i32, &'static str),
 }

@@ -8,7 +8,7 @@
 //! | variable | what it does |
 //! |---|---|
 //! | `LONGSPAN_EXCHANGE` | `auto` (the default), `peer` or `nccl` (which is RCCL here): how messages travel |
-//! | `LONGSPAN_LIBAMDHIP64`, `LONGSPAN_LIBHIPRTC`, `LONGSPAN_LIBRCCL` | path of a library, tried first |
+//! | `LONGSPAN_LIBAMDHIP64`, `LONGSPAN_LIBHIPRTC`, `LONGSPAN_LIBRCCL` | path of a library, and no other is tried |
 //! | `ROCM_PATH` | where ROCm is installed, if not in `/opt/rocm` |
 //! | `LONGSPAN_CACHE` | folder of compiled kernels |
 //! | `LONGSPAN_QUIET` | no lines about compiled kernels |
@@ -16,7 +16,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use longspan_gpu::{Asked, Codes, Facts, Flavor, GpuBackend, Machine, Place, Vendor};
+use longspan_gpu::{Asked, Codes, Facts, Flavor, GpuBackend, Machine, Place, Vendor, named_or};
 pub use longspan_gpu::{Cache, CacheFigures};
 use longspan_hal::{Error, Result};
 use longspan_kernels::{Prelude, Target};
@@ -64,6 +64,7 @@ const FACTS: Facts = Facts {
     target,
     arch_flag: "--offload-arch=",
     flags: &["-std=c++17", "-O3"],
+    fast_link: None,
     oldest: (50_200_000, "ROCm 5.2"),
 };
 
@@ -102,25 +103,23 @@ fn target(asked: &Asked) -> Result<(String, Target)> {
 }
 
 fn runtime() -> Vec<OsString> {
-    places("LONGSPAN_LIBAMDHIP64", &["libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5"])
+    let names = ["libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5"];
+    named_or("LONGSPAN_LIBAMDHIP64", || places(&names))
 }
 
 /// Until ROCm 6 the runtime's own library has hipRTC too.
 fn compiler() -> Vec<OsString> {
     let own = ["libhiprtc.so", "libhiprtc.so.7", "libhiprtc.so.6", "libhiprtc.so.5"];
-    let mut list = places("LONGSPAN_LIBHIPRTC", &own);
-    list.extend(runtime());
-    list
+    named_or("LONGSPAN_LIBHIPRTC", || [places(&own), runtime()].concat())
 }
 
 fn rccl() -> Vec<OsString> {
-    places("LONGSPAN_LIBRCCL", &["librccl.so.1", "librccl.so"])
+    named_or("LONGSPAN_LIBRCCL", || places(&["librccl.so.1", "librccl.so"]))
 }
 
-/// The library that `variable` names; then `names` as the loader finds them; then in ROCm's folders.
-fn places(variable: &str, names: &[&str]) -> Vec<OsString> {
-    let mut list: Vec<OsString> = std::env::var_os(variable).filter(|v| !v.is_empty()).into_iter().collect();
-    list.extend(names.iter().map(OsString::from));
+/// `names` as the loader finds them; then in ROCm's folders.
+fn places(names: &[&str]) -> Vec<OsString> {
+    let mut list: Vec<OsString> = names.iter().map(OsString::from).collect();
     let home = std::env::var_os("ROCM_PATH").filter(|v| !v.is_empty()).map(PathBuf::from);
     for folder in home.into_iter().chain([PathBuf::from("/opt/rocm")]) {
         list.extend(names.iter().map(|name| folder.join("lib").join(name).into_os_string()));

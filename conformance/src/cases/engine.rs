@@ -20,10 +20,11 @@ use crate::rank::{Failure, Rank, array, check, check_invalid};
 pub fn cases<B: Backend>(name: &str, processes: bool) -> Vec<Case<B>> {
     let ranks = |n| if processes { n } else { 1 };
     let of = || name.to_owned();
-    let (first, second) = (of(), of());
+    let (first, second, third) = (of(), of(), of());
     let mut cases = vec![
         Case::new("engine/calls-out-of-order-f32", 1, move |_| out_of_order(&first)),
         Case::new("engine/lost-ranks-are-named", ranks(3), move |rank| lost_ranks(rank, &second)),
+        Case::new("engine/memory-is-predicted-f32", 1, move |_| memory_is_predicted(&third)),
         Case::new("engine/unknown-backends-are-refused", 1, |_| unknown_backend()),
     ];
     for dtype in [DType::Bf16, DType::F16, DType::F32] {
@@ -189,6 +190,28 @@ fn lost_ranks<B: Backend>(rank: &Rank<B>, name: &str) -> Result<(), Failure> {
             check(told, || format!("rank 1 was lost (panic: {panics}); rank {r} got {result:?}"))?;
         }
         check(start.elapsed() < Duration::from_secs(10), || format!("it took {:?}", start.elapsed()))?;
+    }
+    Ok(())
+}
+
+/// 64 TiB of tensors: the error says what is wanted and what there is, nothing was taken, and the engine works on.
+fn memory_is_predicted(name: &str) -> Result<(), Failure> {
+    let mesh = Mesh::new(1, 1, Placement::UlyssesInner)?;
+    let (long, short) = (Layout::contiguous(1 << 18, &mesh), Layout::contiguous(12, &mesh));
+    let (huge, small) = (Problem::new(DType::F32, 1, [1 << 16; 2], 256), Problem::new(DType::F32, 1, [2, 2], 8));
+    let x = Tensor::normal(DType::F32, [1, 12, 2, 8], 1);
+    let ranks = on_ranks(name, &mesh, |engine| {
+        let before = engine.report()?.memory.used;
+        let refused = engine.prepare(&huge, [&long, &long], &Mask::causal()).map(drop);
+        let taken = engine.report()?.memory.used - before;
+        engine.prepare(&small, [&short, &short], &Mask::causal())?;
+        engine.forward([&x, &x, &x], &Extra::default())?;
+        Ok((refused, taken))
+    })?;
+    let tensors = 64 << 40;
+    for (refused, taken) in ranks {
+        let told = matches!(refused, Err(Error::OutOfMemory { wanted, free }) if wanted >= tensors && free > 0 && free < wanted);
+        check(told && taken == 0, || format!("{refused:?}, and {taken} bytes taken"))?;
     }
     Ok(())
 }

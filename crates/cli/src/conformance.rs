@@ -12,7 +12,7 @@ use longspan_hal::Backend;
 use crate::args::{Conformance, Personality, TierArg};
 use crate::failure::{Failure, Result};
 use crate::processes::{Job, together};
-use crate::report::say;
+use crate::report::{complain, say};
 use crate::{backends, doctor, output, processes, progress};
 
 /// Runs the suite as the command line says.
@@ -76,7 +76,7 @@ impl Visit for Suite<'_> {
             self.bar.set_length(all as u64);
             self.bar.set_position(done as u64);
             if case.outcome == Outcome::Fail && leads {
-                self.bar.suspend(|| eprintln!("FAIL {}", case.name));
+                self.bar.suspend(|| complain(format_args!("FAIL {}", case.name)));
             }
         })
     }

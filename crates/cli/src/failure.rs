@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use longspan_hal::Error;
 
+use crate::report::complain;
+
 /// `Result` with [`Failure`].
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
@@ -35,7 +37,7 @@ impl Failure {
     /// Says it on stderr, unless it has been said.
     pub fn print(&self) {
         if !matches!(self, Self::Said(_)) {
-            eprintln!("error: {self}");
+            complain(format_args!("error: {self}"));
         }
     }
 

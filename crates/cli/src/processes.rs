@@ -98,7 +98,7 @@ impl Job {
         let Some(processes) = Arc::into_inner(self.processes) else { return result };
         if self.broken.into_inner() {
             if let Err(failure) = &result {
-                eprintln!("error: rank {}: {failure}", processes.rank());
+                report::complain(format_args!("error: rank {}: {failure}", processes.rank()));
             }
             std::thread::sleep(LAST_WORDS);
             processes.abort(1);
@@ -209,7 +209,8 @@ pub fn keep_board(network: bool) -> Result<()> {
         let mut out = std::io::stdout();
         writeln!(out, "{}", hex(&place.to_bytes())).and_then(|()| out.flush())
     };
-    Board::host(reach, announce, |lost| eprintln!("longspan: {}", obituary(&lost))).map_err(Failure::run)
+    Board::host(reach, announce, |lost| report::complain(format_args!("longspan: {}", obituary(&lost))))
+        .map_err(Failure::run)
 }
 
 fn obituary(lost: &Lost) -> String {

@@ -1,5 +1,6 @@
 //! Tables for stdout, and numbers as people read them.
 
+use std::fmt::Display;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -79,6 +80,11 @@ pub fn say(text: &str) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Run(format!("stdout: {e}"))),
         _ => Ok(()),
     }
+}
+
+/// Writes a line to stderr, if that can be written: there is nobody else to tell.
+pub fn complain(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Bytes with a binary unit and three digits or so: `512 B`, `1.50 KiB`, `12.3 GiB`.

@@ -1,4 +1,5 @@
-//! GPU ranks as processes: started as torchrun does, over the emulator of AMD GPUs, which refuses what a driver would.
+//! GPU ranks as processes: started as torchrun does, over the emulator of AMD GPUs, which refuses what a driver would. And the
+//! script that checks the program on a machine with a GPU.
 //!
 //! Only with `--features rocm`: `cargo test -p longspan-cli --features rocm --test processes`.
 
@@ -17,6 +18,9 @@ struct Said {
 
 /// Ports of jobs: two each.
 static PORT: AtomicU16 = AtomicU16::new(0);
+
+/// Variables that name the vendor's libraries.
+const LIBRARIES: [&str; 3] = ["LONGSPAN_LIBAMDHIP64", "LONGSPAN_LIBHIPRTC", "LONGSPAN_LIBRCCL"];
 
 /// No job of these tests takes as long.
 const LONG: Duration = Duration::from_secs(150);
@@ -38,9 +42,7 @@ fn start(ranks: usize, args: &[&str], variables: &[(&str, &dyn Fn(usize) -> Stri
         command.args(args).env("RANK", rank.to_string()).env("WORLD_SIZE", ranks.to_string());
         command.env("LOCAL_RANK", rank.to_string()).env("LOCAL_WORLD_SIZE", ranks.to_string());
         command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", jobs.to_string());
-        for library in ["LONGSPAN_LIBAMDHIP64", "LONGSPAN_LIBHIPRTC", "LONGSPAN_LIBRCCL"] {
-            command.env(library, &emulator);
-        }
+        command.envs(LIBRARIES.map(|library| (library, &emulator)));
         command.env("LONGSPAN_CACHE", emulator.with_file_name("emulated-kernels"));
         command.env("LONGSPAN_QUIET", "1").env("LONGSPAN_EMULATOR_LOUD", "1");
         for (name, value) in variables {
@@ -167,4 +169,21 @@ fn a_killed_process_is_named_and_nobody_hangs() {
         }
         assert!(said.iter().all(|s| !s.text.contains("misuse")), "{said:?}");
     }
+}
+
+/// What is missing or wrong, the kernel cache, doctor and bench, as `ci/gpu_program.sh` checks them on a machine with a GPU.
+#[cfg(unix)]
+#[test]
+fn the_checks_of_the_program_hold() {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_longspan"), folder.path().join("longspan")).expect("a link");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../ci/gpu_program.sh");
+    let output = Command::new("bash")
+        .args([script.as_ref(), folder.path().as_os_str(), "rocm".as_ref()])
+        .envs(LIBRARIES.map(|library| (library, emulator())))
+        .envs([("LONGSPAN_EMULATOR_DEVICES", "2"), ("SHAPE", "1,32,2,2,16"), ("BENCH_SEQ", "64")])
+        .output()
+        .expect("bash starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains(" ok, 0 failed"), "{said}");
 }

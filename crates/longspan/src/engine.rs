@@ -13,8 +13,8 @@ use longspan_seqpar::{
     Usp, Work,
 };
 
-use crate::Tensor;
 use crate::resident::{Pass, Resident};
+use crate::{Tensor, room};
 
 /// Time for a group to name who is missing.
 const NAMING: Duration = Duration::from_secs(2);
@@ -115,7 +115,8 @@ pub trait Engine: Debug {
     /// returns.
     ///
     /// # Errors
-    /// [`Error::Unsupported`], [`Error::Invalid`], [`Error::OutOfMemory`], [`Error::PeerLost`].
+    /// [`Error::Unsupported`], [`Error::Invalid`], [`Error::PeerLost`]; [`Error::OutOfMemory`] before anything is taken if
+    /// memory and the tensors of a forward (and backward) do not fit the device.
     fn prepare(&mut self, problem: &Problem, layouts: [&Layout; 2], mask: &Mask) -> Result<Bytes>;
 
     /// The plan of the last [`Engine::prepare`].
@@ -333,10 +334,12 @@ impl<B: Backend> Engine for EngineOf<B> {
     }
 
     fn prepare(&mut self, problem: &Problem, [q, k]: [&Layout; 2], mask: &Mask) -> Result<Bytes> {
+        let device = &self.member.device;
+        let memory = device.memory()?;
         (self.kept, self.resident, self.usp) = (None, None, None);
         self.meetings.clear();
         let plan = Plan::new(problem, q, k, mask, self.rank())?;
-        let device = &self.member.device;
+        room::check(&plan, memory)?;
         let usp = Usp::prepare(&self.member, &self.stream, plan, |bytes| device.alloc(bytes))?;
         let bytes = usp.workspace();
         self.usp = Some(usp);

@@ -42,6 +42,7 @@ mod engine;
 mod processes;
 mod ranks;
 mod resident;
+mod room;
 mod select;
 mod tensor;
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use longspan_conformance::{Case, Failure, Rank};
 use longspan_cuda::{Cuda, Nvidia};
 use longspan_gpu::{Address, Driver, Handle, Vendor};
-use longspan_hal::{DType, Device, Error, Result, Strided, View, ViewMut};
+use longspan_hal::{Backend, DType, Device, Error, Result, Strided, View, ViewMut};
 
 /// The cases of this file.
 pub fn cases() -> Vec<Case<Cuda>> {
@@ -37,14 +37,14 @@ fn ok(returned: longspan_gpu::dylib::Returned<i32>) -> Result<()> {
 }
 
 impl Foreign {
-    fn new(context: &mut Handle) -> Result<Self> {
+    fn new(ordinal: u32) -> Result<Self> {
         let driver = Nvidia::machine().driver()?;
-        let (mut device, mut before, mut memory, mut stream) = (0, 0, 0, 0);
+        let (mut device, mut context, mut before, mut memory, mut stream) = (0, 0, 0, 0, 0);
         // SAFETY: see `ok`.
         unsafe {
-            ok(driver.device(&mut device, 0))?;
-            ok(driver.retain_context(context, device))?;
-            ok(driver.push_context(*context, &mut before))?;
+            ok(driver.device(&mut device, ordinal as i32))?;
+            ok(driver.retain_context(&mut context, device))?;
+            ok(driver.push_context(context, &mut before))?;
             ok(driver.alloc(&mut memory, BYTES))?;
             ok(driver.stream_create(&mut stream, 0, 0))?;
         }
@@ -65,7 +65,7 @@ fn line() -> Strided {
 }
 
 fn adopted(rank: &mut Rank<Cuda>) -> Result<(), Failure> {
-    let foreign = Foreign::new(&mut 0)?;
+    let foreign = Foreign::new(rank.info.index)?;
     // SAFETY: both live until the end of the case, which waits for the work.
     let buffer = unsafe { rank.device.adopt(foreign.memory as *mut c_void, BYTES, None)? };
     // SAFETY: as above.
@@ -82,7 +82,7 @@ fn adopted(rank: &mut Rank<Cuda>) -> Result<(), Failure> {
 }
 
 fn refused(rank: &mut Rank<Cuda>) -> Result<(), Failure> {
-    let foreign = Foreign::new(&mut 0)?;
+    let foreign = Foreign::new(rank.info.index)?;
     let host = vec![0u64; 64];
     let aligned = (host.as_ptr() as usize).next_multiple_of(16);
     for (what, address) in [("null", 0), ("unaligned", foreign.memory as usize + 8), ("host", aligned)] {
@@ -92,7 +92,13 @@ fn refused(rank: &mut Rank<Cuda>) -> Result<(), Failure> {
             other => return Err(Failure::wrong(format!("a pointer that is {what}: {other:?}"))),
         }
     }
-    Ok(())
+    let Some(other) = Cuda::devices()?.into_iter().find(|d| d.index != rank.info.index) else { return Ok(()) };
+    let there = Foreign::new(other.index)?;
+    // SAFETY: as above.
+    match unsafe { rank.device.adopt(there.memory as *mut c_void, 16, None) } {
+        Err(Error::Invalid { why, .. }) if why.contains(&format!("is of device {}", other.index)) => Ok(()),
+        other => Err(Failure::wrong(format!("a pointer of another device: {other:?}"))),
+    }
 }
 
 /// Notes when it goes.
@@ -105,7 +111,7 @@ impl Drop for Owner {
 }
 
 fn owners(rank: &mut Rank<Cuda>) -> Result<(), Failure> {
-    let foreign = Foreign::new(&mut 0)?;
+    let foreign = Foreign::new(rank.info.index)?;
     let gone = Arc::new(AtomicBool::new(false));
     let owner: Arc<dyn std::any::Any + Send + Sync> = Arc::new(Owner(gone.clone()));
     // SAFETY: the memory lives until the end of the case, which waits for the work.

@@ -365,6 +365,7 @@ inline float natural_log(float x) { return __builtin_logf(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
 inline float maximum(float a, float b) { return a != a ? b : b != b ? a : a < b ? b : a; }
+inline float round_up(float x) { return __builtin_ceilf(x); }
 inline u32 high_product(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
 
 #if defined(IO_BF16)

@@ -16,8 +16,12 @@ pub struct Said {
 
 /// Runs `longspan` with `args`.
 pub fn longspan(args: &[&str]) -> Said {
-    let Output { status, stdout, stderr } =
-        Command::new(env!("CARGO_BIN_EXE_longspan")).args(args).output().expect("the program starts");
+    said(Command::new(env!("CARGO_BIN_EXE_longspan")).args(args))
+}
+
+/// What a command says.
+pub fn said(command: &mut Command) -> Said {
+    let Output { status, stdout, stderr } = command.output().expect("it starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
     Said { code: status.code(), stdout: text(stdout), stderr: text(stderr) }
 }
