@@ -119,7 +119,7 @@ impl Letters {
             }
             if start.elapsed() < AWAKE {
                 drop(state);
-                std::thread::yield_now();
+                (0..64).for_each(|_| std::hint::spin_loop());
                 state = lock(&self.state);
                 continue;
             }
