@@ -14,7 +14,8 @@ In this order, as far as --budget seconds go; what no time was left for is liste
 A peer's measurements on the same machine stand beside ours with --peers FILE: a JSON list of objects with `name`, `H`, `HK`, `S`,
 `fwd_ms`, `fwdbwd_ms`, and perhaps `peak_gib`.
 
-Writes FOLDER/hybrid.json (every report of `longspan bench`; docs/bench.md describes them) and prints tables. The exit code is 1 if
+Writes FOLDER/hybrid.json (every report of `longspan bench`; docs/bench.md describes them) and FOLDER/hybrid.html (the first of them,
+with heat maps), and prints tables. The exit code is 1 if
 a check failed or nothing could be measured.
 """
 
@@ -29,7 +30,7 @@ import time
 # Operations a second of a device, to foretell how long a measurement takes, and passes that `longspan bench` makes of a step.
 RATE, PASSES = 4.5e14, 16
 Shape = collections.namedtuple("Shape", "heads kv_heads mask")
-Run = collections.namedtuple("Run", "shape seq cut layout placement exchange groups repeat")
+Run = collections.namedtuple("Run", "shape seqs cut layout placement exchange groups repeat")
 
 
 def main():
@@ -97,39 +98,34 @@ class Hybrid:
         causal, wide, dit = Shape(32, 8, "causal"), Shape(64, 8, "causal"), Shape(24, 24, "full")
         exchanges = ["peer", "nccl"] if self.args.backend.split(":")[0] in ("cuda", "rocm") else [None]
         own, other = exchanges[0], exchanges[-1]
-        run = lambda shape, k, layout="zigzag", placement="ulysses-inner", exchange=own, groups=1, repeat=3: Run(
-            shape, (k << 10) // self.args.scale, None, layout, placement, exchange, groups, repeat
+        run = lambda shape, *k, layout="zigzag", placement="ulysses-inner", exchange=own, groups=1, repeat=3: Run(
+            shape, tuple((k << 10) // self.args.scale for k in k), None, layout, placement, exchange, groups, repeat
         )
-        yield run(causal, 64)
-        yield run(causal, 64, groups=2)
-        yield run(causal, 128)
-        yield run(causal, 128, groups=2)
+        yield run(causal, 64, 128, 256, groups=2)
+        yield run(causal, 64, 128)
         yield run(causal, 64, placement="ring-inner")
         yield run(causal, 64, layout="stripe")
         if other != own:
-            yield run(causal, 64, exchange=other)
-            yield run(causal, 128, exchange=other)
-        yield run(dit, 16, layout="contiguous")
-        yield run(dit, 64, layout="contiguous")
+            yield run(causal, 64, 128, exchange=other, groups=2)
+        yield run(dit, 16, 64, layout="contiguous", groups=2)
+        yield run(wide, 64, 128, groups=2)
+        yield run(dit, 16, 64, layout="contiguous")
         yield run(wide, 64)
-        yield run(wide, 64, groups=2)
-        yield run(dit, 64, layout="contiguous", groups=2)
-        yield run(causal, 256)
-        yield run(wide, 128, groups=2)
-        yield run(causal, 128, placement="ring-inner")
-        yield run(causal, 128, layout="stripe")
-        yield run(dit, 32, layout="contiguous")
+        yield run(causal, 128, placement="ring-inner", groups=2)
+        yield run(causal, 128, layout="stripe", groups=2)
+        yield run(dit, 32, layout="contiguous", groups=2)
         yield run(wide, 256)
         yield run(causal, 64, layout="stripe", placement="ring-inner")
 
     def seconds(self, run):
         """A guess of how long a run takes."""
-        pairs = run.seq**2 / (2 if run.shape.mask == "causal" else 1)
+        pairs = sum(seq**2 for seq in run.seqs) / (2 if run.shape.mask == "causal" else 1)
         step = 3.5 * 4 * run.shape.heads * pairs * 128 / self.ranks / RATE
-        return 4 + (1 if run.cut else len(cuts(self.ranks))) * step * PASSES * (run.repeat + 1) / 4
+        return 4 * len(run.seqs) + (1 if run.cut else len(cuts(self.ranks))) * step * PASSES * (run.repeat + 1) / 4
 
     def measure(self, run):
-        name = f"bench H{run.shape.heads}:{run.shape.kv_heads} {run.shape.mask} S={run.seq} {run.layout} {run.placement} {run.exchange or ''}"
+        seqs = ",".join(map(str, run.seqs))
+        name = f"bench H{run.shape.heads}:{run.shape.kv_heads} {run.shape.mask} S={seqs} {run.layout} {run.placement} {run.exchange or ''}"
         name += f" {run.groups} groups" if run.groups > 1 else ""
         name += f" U{run.cut[0]} R{run.cut[1]}" if run.cut else ""
         if self.seconds(run) > self.left_seconds():
@@ -138,10 +134,12 @@ class Hybrid:
         file = os.path.join(self.args.out, "bench.json")
         cut = ["--ulysses", run.cut[0], "--ring", run.cut[1]] if run.cut else ["--ranks", self.ranks]
         exchange = ["--exchange", run.exchange] if run.exchange else []
+        # The first is the widest sweep: its page has heat maps.
+        page = [] if self.reports else ["--html", os.path.join(self.args.out, "hybrid.html")]
         good, text = self.longspan(
-            "bench", "--backend", self.args.backend, *exchange, "--seq", run.seq, *cut, "--heads", run.shape.heads, "--kv-heads",
+            "bench", "--backend", self.args.backend, *exchange, "--seq", seqs, *cut, "--heads", run.shape.heads, "--kv-heads",
             run.shape.kv_heads, "--head-groups", run.groups, "--mask", run.shape.mask, "--layout", run.layout, "--placement", run.placement, "--backward",
-            "--repeat", run.repeat, "--json", file,
+            "--repeat", run.repeat, "--json", file, *page,
         )  # fmt: skip
         print(f"{name}: " + {True: "ok", False: "FAILED", None: "not done, no time left"}[good], flush=True)
         if good is None:
@@ -163,9 +161,9 @@ class Hybrid:
             steps = [(run, row) for run, row in self.rows if row["pass"] == "step" and run.shape == Shape(32, 8, "causal")]
             if not steps:
                 return
-            most = max(run.seq for run, _ in steps)
-            run, row = max((x for x in steps if x[0].seq == most), key=lambda x: x[1]["flops_per_second"])
-            self.measure(run._replace(seq=(k << 10) // self.args.scale, cut=(row["ulysses"], row["ring"]), repeat=1))
+            most = max(row["seq"] for _, row in steps)
+            run, row = max((x for x in steps if x[1]["seq"] == most), key=lambda x: x[1]["flops_per_second"])
+            self.measure(run._replace(seqs=((k << 10) // self.args.scale,), cut=(row["ulysses"], row["ring"]), repeat=1))
 
     def write(self):
         with open(os.path.join(self.args.out, "hybrid.json"), "w", encoding="utf-8") as file:
@@ -183,7 +181,7 @@ class Hybrid:
         best = {}
         for run, row in self.rows:
             if row["pass"] == name:
-                key = (run.shape, run.seq)
+                key = (run.shape, row["seq"])
                 best.setdefault(key, []).append((row["median_s"], run, row))
         if not best:
             return
