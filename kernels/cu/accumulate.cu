@@ -1,6 +1,7 @@
 // into = round(((t0 + t1) + t2) + ...): f32 sums in list order, rounded once. `into` may be one of the terms.
 //
-// A thread takes `width` (1 or 4) neighbouring elements at a time; 4 where all pointers and strides are multiples of it.
+// A thread takes `width` (1 or 4) neighbouring elements at a time, 4 where all pointers and strides are multiples of it, in UNITS
+// places, so that as many loads are under way.
 
 constexpr int MAX_TERMS = 32;
 struct AccumulateParams {
@@ -19,31 +20,41 @@ DEVICE void store_units(Element *to, const float (&s)[4]) {
 #endif
 }
 
-template <int WIDTH> DEVICE void sum(const AccumulateParams &p, u32 batch, u32 row, u32 head, u32 column) {
-    float s[WIDTH];
+constexpr int UNITS = 4;
+
+DEVICE void load_units(float (&x)[1], const float *from) { x[0] = *from; }
+DEVICE void load_units(float (&x)[4], const float *from) {
+    const float4 v = *reinterpret_cast<const float4 *>(from);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+// Units first, first + THREADS, ... of `total`.
+template <int WIDTH> DEVICE void sum(const AccumulateParams &p, u64 first, u64 total, u32 units) {
+    Index n[UNITS];
+    float s[UNITS][WIDTH];
+    UNROLL for (int k = 0; k < UNITS; ++k)
+        if (first + k * THREADS < total) n[k] = index_of(first + k * THREADS, p.extent, units);
     for (u32 t = 0; t < p.count; ++t) {
-        const float *from = at<const float>(p.terms[t], batch, row, head) + column;
-        float x[WIDTH];
-        if (WIDTH == 4) {
-            const float4 v = *reinterpret_cast<const float4 *>(from);
-            x[0] = v.x, x[WIDTH / 4] = v.y, x[WIDTH / 2] = v.z, x[WIDTH * 3 / 4] = v.w;
-        } else {
-            x[0] = *from;
-        }
-        UNROLL for (int i = 0; i < WIDTH; ++i) s[i] = t == 0 ? x[i] : s[i] + x[i];
+        const Tensor &term = p.terms[t];
+        float x[UNITS][WIDTH];
+        UNROLL for (int k = 0; k < UNITS; ++k)
+            if (first + k * THREADS < total)
+                load_units(x[k], at<const float>(term, n[k].batch, n[k].row, n[k].head) + n[k].unit * WIDTH);
+        UNROLL for (int k = 0; k < UNITS; ++k)
+            UNROLL for (int i = 0; i < WIDTH; ++i) s[k][i] = t == 0 ? x[k][i] : s[k][i] + x[k][i];
     }
-    Element *to = at<Element>(p.into, batch, row, head) + column;
-    store_units(to, s);
+    UNROLL for (int k = 0; k < UNITS; ++k)
+        if (first + k * THREADS < total)
+            store_units(at<Element>(p.into, n[k].batch, n[k].row, n[k].head) + n[k].unit * WIDTH, s[k]);
 }
 
 KERNEL(THREADS, 1) accumulate(PARAMS(AccumulateParams) p) {
     const u32 units = p.extent[3] / p.width;
-    const u64 total = u64(p.extent[0]) * p.extent[1] * p.extent[2] * units;
-    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < total; i += u64(gridDim.x) * THREADS) {
-        const Index n = index_of(i, p.extent, units);
+    const u64 total = u64(p.extent[0]) * p.extent[1] * p.extent[2] * units, step = u64(gridDim.x) * (UNITS * THREADS);
+    for (u64 first = u64(blockIdx.x) * (UNITS * THREADS) + threadIdx.x; first < total; first += step) {
         if (p.width == 4)
-            sum<4>(p, n.batch, n.row, n.head, n.unit * 4);
+            sum<4>(p, first, total, units);
         else
-            sum<1>(p, n.batch, n.row, n.head, n.unit);
+            sum<1>(p, first, total, units);
     }
 }

@@ -126,7 +126,8 @@ impl GpuAttention {
         list[..terms.len()].copy_from_slice(terms);
         let width = width(terms.iter().chain([&tensor]), extent);
         let params = AccumulateParams { into: tensor, terms: list, extent, count: terms.len() as u32, width };
-        let threads = kernel.threads as usize * width as usize;
+        // Four units a thread; enough blocks to fill the device, not more.
+        let threads = 4 * kernel.threads as usize * width as usize;
         let most = 16 * self.device.context().figures.units.max(1) as usize;
         kernel.launch(on, 0, Grid { x: at.elements().div_ceil(threads).min(most), y: 1 }, &params)
     }
