@@ -148,15 +148,16 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
             }
             arrived = next;
         }
+        // Under the last return.
+        if let Some(sum) = accumulator {
+            run.sum((g + 1) * steps - 1, || run.accumulate(run.compute, results[0], &[sum.read()]))?;
+        }
         if let Some((_, gradients)) = self.gradients() {
             run.wait(run.compute, returned.as_ref())?;
             run.sum((g + 1) * steps - 1, || {
                 self.add_came_home(gradients, g, steps - 1)?;
                 self.round_home(gradients, g, [results[1], results[2]])
             })?;
-        }
-        if let Some(sum) = accumulator {
-            run.sum((g + 1) * steps - 1, || run.accumulate(run.compute, results[0], &[sum.read()]))?;
         }
         Ok(())
     }
