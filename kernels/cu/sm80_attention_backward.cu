@@ -54,10 +54,10 @@ typedef float Chunk[K_TILES][CHUNK_M / 8][4];
 // One step of 16 columns (the kk-th) of C = A B^T with A from rows of `a` and B from rows of `b`.
 template <int DIM> DEVICE void product_step(Chunk &c, u32 a, u32 b, int kk) {
     u32 x[K_TILES][4];
-    UNROLL for (int kt = 0; kt < K_TILES; ++kt) load_matrices(x[kt], a + offset<DIM>(kt * 16, kk * 16));
+    UNROLL for (int kt = 0; kt < K_TILES; ++kt) load_matrices(x[kt], shifted<DIM>(a, kt * 16, kk * 16));
     UNROLL for (int j = 0; j < CHUNK_M / 16; ++j) {
         u32 y[4];
-        load_matrices(y, b + offset<DIM>(j * 16, kk * 16));
+        load_matrices(y, shifted<DIM>(b, j * 16, kk * 16));
         UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
             mma(c[kt][2 * j], x[kt], y[0], y[1], kk == 0);
             mma(c[kt][2 * j + 1], x[kt], y[2], y[3], kk == 0);
@@ -69,7 +69,7 @@ template <int DIM> DEVICE void product_step(Chunk &c, u32 a, u32 b, int kk) {
 template <int DIM, int COLS> DEVICE void gather16(float (&acc)[K_TILES][COLS / 8][4], const u32 (&a)[K_TILES][4], u32 b) {
     UNROLL for (int j = 0; j < COLS / 16; ++j) {
         u32 y[4];
-        load_matrices_transposed(y, b + offset<DIM>(0, j * 16));
+        load_matrices_transposed(y, shifted<DIM>(b, 0, j * 16));
         UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
             mma(acc[kt][2 * j], a[kt], y[0], y[1]);
             mma(acc[kt][2 * j + 1], a[kt], y[2], y[3]);
@@ -188,7 +188,7 @@ DEVICE void store_chunk(const Chunk &c, u32 to) {
     UNROLL for (int kt = 0; kt < K_TILES; ++kt)
         UNROLL for (int j = 0; j < CHUNK_M / 8; ++j)
             UNROLL for (int half = 0; half < 2; ++half)
-                store_shared(to + offset<BLOCK_M>(16 * kt + 8 * half, 8 * j),
+                store_shared(shifted<BLOCK_M>(to, 16 * kt + 8 * half, 8 * j),
                              pack2(c[kt][j][2 * half], c[kt][j][2 * half + 1]));
 }
 
@@ -201,15 +201,15 @@ static_assert(DQ_TILES * DQ_WARPS_M * 16 == BLOCK_M && DQ_COLUMNS % 16 == 0, "dq
 DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k, int warp, int lane) {
     const int row0 = warp / DQ_WARPS_N * DQ_TILES * 16, column0 = warp % DQ_WARPS_N * DQ_COLUMNS;
     float c[DQ_TILES][DQ_COLUMNS / 8][4];
-    ds += offset<BLOCK_M>(0, row0) + lane_offset_b<BLOCK_M>(lane);
-    k += offset<HEAD_DIM>(0, column0) + lane_offset_a<HEAD_DIM>(lane);
+    ds = shifted<BLOCK_M>(ds + lane_offset_b<BLOCK_M>(lane), 0, row0);
+    k = shifted<HEAD_DIM>(k + lane_offset_a<HEAD_DIM>(lane), 0, column0);
     UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
         u32 a[DQ_TILES][4];
         UNROLL for (int mt = 0; mt < DQ_TILES; ++mt)
-            load_matrices_transposed(a[mt], ds + offset<BLOCK_M>(kk * 16, mt * 16));
+            load_matrices_transposed(a[mt], shifted<BLOCK_M>(ds, kk * 16, mt * 16));
         UNROLL for (int j = 0; j < DQ_COLUMNS / 16; ++j) {
             u32 b[4];
-            load_matrices_transposed(b, k + offset<HEAD_DIM>(kk * 16, j * 16));
+            load_matrices_transposed(b, shifted<HEAD_DIM>(k, kk * 16, j * 16));
             UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
                 mma(c[mt][2 * j], a[mt], b[0], b[1], kk == 0);
                 mma(c[mt][2 * j + 1], a[mt], b[2], b[3], kk == 0);
@@ -334,7 +334,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         }
     const u32 warp_k = k_at + offset<HEAD_DIM>(key_warp * KEYS, 0) + lane_offset_a<HEAD_DIM>(lane);
     const u32 warp_v = v_at + offset<HEAD_DIM_V>(key_warp * KEYS, 0) + lane_offset_a<HEAD_DIM_V>(lane);
-    const u32 own_s = offset<BLOCK_M>(key_warp * KEYS + lane / 4, part * QUERIES + lane % 4 * 2);
+    const u32 own_s = offset<BLOCK_M>(key_warp * KEYS + lane / 4, part * QUERIES) + lane % 4 * 4;
 
     Context context{score_of(p.problem, next.head)};
 #if ALIBI || DROPOUT
@@ -380,8 +380,8 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
 
         UNROLL for (int chunk = 0; chunk < QUERIES / CHUNK_M; ++chunk) {
             const int row = part * QUERIES + chunk * CHUNK_M;
-            const u32 ds_at = base + DS_AT + own_s + u32(chunk * CHUNK_M) * 2;
-            const u32 p_at = base + P_AT + own_s + u32(chunk * CHUNK_M) * 2;
+            const u32 ds_at = shifted<BLOCK_M>(base + DS_AT + own_s, 0, chunk * CHUNK_M);
+            const u32 p_at = shifted<BLOCK_M>(base + P_AT + own_s, 0, chunk * CHUNK_M);
             if (seen >> chunk & 1) {
                 Chunk s, ds;
                 const u32 lane_q = q_at + offset<HEAD_DIM>(row, 0) + lane_offset_b<HEAD_DIM>(lane);
@@ -403,17 +403,17 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                         u32 a[K_TILES][4];
                         UNROLL for (int kt = 0; kt < K_TILES; ++kt) as_a(a[kt], s[kt][2 * i], s[kt][2 * i + 1]);
                         gather16<HEAD_DIM_V, COLUMNS_V>(
-                            dv, a, o_at + offset<HEAD_DIM_V>(row + 16 * i, 0) + lane_offset_a<HEAD_DIM_V>(lane));
+                            dv, a, shifted<HEAD_DIM_V>(o_at + lane_offset_a<HEAD_DIM_V>(lane), row + 16 * i, 0));
                         UNROLL for (int kt = 0; kt < K_TILES; ++kt) as_a(a[kt], ds[kt][2 * i], ds[kt][2 * i + 1]);
                         gather16<HEAD_DIM, COLUMNS>(
-                            dk, a, q_at + offset<HEAD_DIM>(row + 16 * i, 0) + lane_offset_a<HEAD_DIM>(lane));
+                            dk, a, shifted<HEAD_DIM>(q_at + lane_offset_a<HEAD_DIM>(lane), row + 16 * i, 0));
                     }
                 }
             } else if (DQ || SPLIT > 1) {
                 UNROLL for (int kt = 0; kt < 2 * K_TILES; ++kt)
                     UNROLL for (int j = 0; j < CHUNK_M / 8; ++j) {
-                        store_shared(ds_at + offset<BLOCK_M>(8 * kt, 8 * j), 0);
-                        if (SPLIT > 1) store_shared(p_at + offset<BLOCK_M>(8 * kt, 8 * j), 0);
+                        store_shared(shifted<BLOCK_M>(ds_at, 8 * kt, 8 * j), 0);
+                        if (SPLIT > 1) store_shared(shifted<BLOCK_M>(p_at, 8 * kt, 8 * j), 0);
                     }
             }
         }
@@ -430,13 +430,13 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) {
                 u32 a[K_TILES][4];
                 UNROLL for (int kt = 0; kt < K_TILES; ++kt)
-                    load_matrices(a[kt], base + P_AT + warp_s + offset<BLOCK_M>(16 * kt, 16 * i));
+                    load_matrices(a[kt], shifted<BLOCK_M>(base + P_AT + warp_s, 16 * kt, 16 * i));
                 gather16<HEAD_DIM_V, COLUMNS_V>(
-                    dv, a, o_at + offset<HEAD_DIM_V>(16 * i, part * COLUMNS_V) + lane_offset_a<HEAD_DIM_V>(lane));
+                    dv, a, shifted<HEAD_DIM_V>(o_at + lane_offset_a<HEAD_DIM_V>(lane), 16 * i, part * COLUMNS_V));
                 UNROLL for (int kt = 0; kt < K_TILES; ++kt)
-                    load_matrices(a[kt], base + DS_AT + warp_s + offset<BLOCK_M>(16 * kt, 16 * i));
+                    load_matrices(a[kt], shifted<BLOCK_M>(base + DS_AT + warp_s, 16 * kt, 16 * i));
                 gather16<HEAD_DIM, COLUMNS>(
-                    dk, a, q_at + offset<HEAD_DIM>(16 * i, part * COLUMNS) + lane_offset_a<HEAD_DIM>(lane));
+                    dk, a, shifted<HEAD_DIM>(q_at + lane_offset_a<HEAD_DIM>(lane), 16 * i, part * COLUMNS));
             }
             if (STAGES == 1) barrier();
         }

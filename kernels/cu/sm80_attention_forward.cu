@@ -102,12 +102,12 @@ DEVICE void scores(Scores &s, u32 q, const u32 (&held)[M_TILES][Q_IN_REGISTERS ?
             if (Q_IN_REGISTERS) {
                 UNROLL for (int e = 0; e < 4; ++e) a[mt][e] = held[mt][Q_IN_REGISTERS ? kk : 0][e];
             } else {
-                load_matrices(a[mt], q + offset<HEAD_DIM>(mt * 16, kk * 16));
+                load_matrices(a[mt], shifted<HEAD_DIM>(q, mt * 16, kk * 16));
             }
         }
         UNROLL for (int j = 0; j < BLOCK_N / 16; ++j) {
             u32 b[4];
-            load_matrices(b, k + offset<HEAD_DIM>(j * 16, kk * 16));
+            load_matrices(b, shifted<HEAD_DIM>(k, j * 16, kk * 16));
             UNROLL for (int mt = 0; mt < M_TILES; ++mt) {
                 mma(s[mt][2 * j], a[mt], b[0], b[1], kk == 0);
                 mma(s[mt][2 * j + 1], a[mt], b[2], b[3], kk == 0);
@@ -211,7 +211,7 @@ DEVICE void weigh(Output &acc, const Scores &s, u32 v) {
         UNROLL for (int mt = 0; mt < M_TILES; ++mt) as_a(a[mt], s[mt][2 * kk], s[mt][2 * kk + 1]);
         UNROLL for (int j = 0; j < HEAD_DIM_V / 16; ++j) {
             u32 b[4];
-            load_matrices_transposed(b, v + offset<HEAD_DIM_V>(kk * 16, j * 16));
+            load_matrices_transposed(b, shifted<HEAD_DIM_V>(v, kk * 16, j * 16));
             UNROLL for (int mt = 0; mt < M_TILES; ++mt) {
                 mma(acc[mt][2 * j], a[mt], b[0], b[1]);
                 mma(acc[mt][2 * j + 1], a[mt], b[2], b[3]);
@@ -377,10 +377,10 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
         if (Q_IN_REGISTERS && turn == 0) {
             UNROLL for (int mt = 0; mt < M_TILES; ++mt)
                 UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
-                    load_matrices(held[mt][Q_IN_REGISTERS ? kk : 0], warp_q + offset<HEAD_DIM>(mt * 16, kk * 16));
+                    load_matrices(held[mt][Q_IN_REGISTERS ? kk : 0], shifted<HEAD_DIM>(warp_q, mt * 16, kk * 16));
         }
         Scores s;
-        if (sees) scores(s, warp_q, held, k_at + stage * K_BYTES + lane_k);
+        if (sees) scores(s, opaque(warp_q), held, opaque(k_at + stage * K_BYTES + lane_k));
         if (STAGES == 1) {
             copy_wait<0>();
             barrier();  // V is here, and nobody reads K any more
@@ -397,7 +397,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
 #if DROPOUT
             drop(s, dropout, piece, lane_at(control.row0, now.key));
 #endif
-            weigh(acc, s, v_at + stage * V_BYTES + lane_v);
+            weigh(acc, s, opaque(v_at + stage * V_BYTES + lane_v));
         }
         ++turn;
     }

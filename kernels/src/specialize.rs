@@ -395,9 +395,10 @@ pub(crate) fn is_heavy(spec: &Spec) -> bool {
     spec.alibi || spec.dropout.is_some()
 }
 
-/// Bytes of `rows` rows of 16-bit elements in shared memory (8 more elements a row).
-pub(crate) const fn tile_bytes(rows: u32, dim: u32) -> u32 {
-    rows * (dim + 8) * 2
+/// Bytes of `rows` rows of 16-bit elements in shared memory: `pitch` of `cu/common.cuh`.
+const fn tile_bytes(rows: u32, dim: u32) -> u32 {
+    let pitch = if matches!(dim, 64 | 128 | 256) { dim } else { dim + 8 };
+    rows * pitch * 2
 }
 
 struct ForwardTile {
