@@ -132,6 +132,8 @@ DEVICE void copy_async16(u32 to, const void *from, bool valid) {
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 DEVICE void barrier() { __syncthreads(); }
+// Of `threads` threads that name the same one of 15 barriers.
+DEVICE void barrier(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 
 // ---- device memory ----
 

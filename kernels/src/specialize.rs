@@ -158,11 +158,12 @@ impl Specialization {
         }
         let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = forward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
-        let rows = tile.warps * tile.m_tiles * 16;
+        let rows = tile.rows();
         let mut defines = attention_defines(spec, d, dv, view.aligned);
         defines.extend([
             format!("PARTIAL={}", u32::from(spec.partial)),
             format!("WARPS={}", tile.warps),
+            format!("SPLIT={}", tile.split),
             format!("M_TILES={}", tile.m_tiles),
             format!("BLOCK_N={}", tile.keys),
             format!("STAGES={}", tile.stages),
@@ -403,6 +404,7 @@ const fn tile_bytes(rows: u32, dim: u32) -> u32 {
 
 struct ForwardTile {
     warps: u32,
+    split: u32,
     m_tiles: u32,
     keys: u32,
     stages: u32,
@@ -411,15 +413,22 @@ struct ForwardTile {
 }
 
 impl ForwardTile {
+    fn rows(&self) -> u32 {
+        self.warps / self.split * self.m_tiles * 16
+    }
+
     fn bytes(&self, d: u32, dv: u32) -> u32 {
         let (control, block) = (160, tile_bytes(self.keys, d) + tile_bytes(self.keys, dv));
-        tile_bytes(self.warps * self.m_tiles * 16, d) + self.stages * block + control
+        let exchange =
+            if self.split > 1 { 4 * self.split * self.rows() + tile_bytes(self.rows(), self.keys) } else { 0 };
+        tile_bytes(self.rows(), d) + self.stages * block + control + exchange
     }
 }
 
 fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardTile> {
-    let of = |[warps, m_tiles, keys, stages, blocks]: [u32; 5], q_in_registers| ForwardTile {
+    let of = |[warps, split, m_tiles, keys, stages, blocks]: [u32; 6], q_in_registers| ForwardTile {
         warps,
+        split,
         m_tiles,
         keys,
         stages,
@@ -427,19 +436,21 @@ fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardT
         q_in_registers,
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
-    let tiles: &[[u32; 5]] = match d.max(dv) {
-        ..=64 if is_heavy(spec) => &[[4, 1, 32, 2, 2]],
-        65..=128 if is_heavy(spec) => &[[8, 1, 32, 2, 1], [4, 1, 32, 1, 1]],
-        ..=64 if plain => &[[4, 2, 64, 2, 2], [4, 2, 64, 1, 2]],
-        ..=64 => &[[4, 2, 32, 2, 2], [4, 1, 32, 2, 2]],
-        65..=128 if plain && target.arch != 90 => &[[4, 2, 32, 2, 2], [4, 2, 32, 2, 1]],
-        65..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
-        65..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
-        _ if plain => &[[8, 1, 64, 2, 1], [8, 1, 64, 1, 1], [4, 1, 64, 1, 1], [4, 1, 32, 1, 1]],
-        _ => &[[8, 1, 32, 2, 1], [8, 1, 32, 1, 1], [4, 1, 32, 1, 1]],
+    let tiles: &[[u32; 6]] = match d.max(dv) {
+        ..=64 if is_heavy(spec) => &[[4, 1, 1, 32, 2, 2]],
+        65..=128 if is_heavy(spec) => &[[8, 1, 1, 32, 2, 1], [4, 1, 1, 32, 1, 1]],
+        ..=64 if plain => &[[4, 1, 2, 64, 2, 2], [4, 1, 2, 64, 1, 2]],
+        ..=64 => &[[4, 1, 2, 32, 2, 2], [4, 1, 1, 32, 2, 2]],
+        65..=128 if plain => &[[4, 1, 2, 64, 2, 2], [4, 1, 2, 32, 2, 2], [4, 1, 2, 32, 2, 1]],
+        65..=128 => &[[4, 1, 2, 32, 2, 2], [4, 1, 2, 32, 1, 2], [4, 1, 1, 32, 1, 1]],
+        _ if plain => {
+            &[[4, 2, 2, 64, 1, 2], [8, 1, 1, 64, 2, 1], [8, 1, 1, 64, 1, 1], [4, 1, 1, 64, 1, 1], [4, 1, 1, 32, 1, 1]]
+        }
+        _ => &[[8, 1, 1, 32, 2, 1], [8, 1, 1, 32, 1, 1], [4, 1, 1, 32, 1, 1]],
     };
     let q_in_registers = d.max(dv) <= 64 && plain;
-    tiles.iter().map(|t| of(*t, q_in_registers)).find(|t| target.fits(t.bytes(d, dv), t.blocks))
+    let mut fitting = tiles.iter().map(|t| of(*t, q_in_registers)).filter(|t| dv.is_multiple_of(16 * t.split));
+    fitting.find(|t| target.fits(t.bytes(d, dv), t.blocks))
 }
 
 struct BackwardTile {
