@@ -119,7 +119,15 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], u32 at) {
                  : "r"(at)
                  : "memory");
 }
+DEVICE u32 load_shared(u32 at) {
+    u32 x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+    return x;
+}
 DEVICE void store_shared(u32 at, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
+DEVICE void store_shared2(u32 at, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(at), "f"(x), "f"(y) : "memory");
+}
 DEVICE void store_shared4(u32 at, u32 x, u32 y, u32 z, u32 w) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
@@ -156,6 +164,25 @@ DEVICE void add_global2(float *at, float x, float y, bool valid) {
     add_global(at + 1, y);
 #endif
 }
+
+// Adds ADD_WIDTH neighbours in shared memory to those at `to`, where `valid`.
+#if __CUDA_ARCH__ >= 900
+[[maybe_unused]] constexpr int ADD_WIDTH = 4;
+DEVICE void add_global_from(float *to, u32 from, bool valid) {
+    float x, y, z, w;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x), "=f"(y), "=f"(z), "=f"(w) : "r"(from) : "memory");
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p red.global.add.v4.f32 [%0], {%1,%2,%3,%4}; }" ::"l"(to), "f"(x),
+                 "f"(y), "f"(z), "f"(w), "r"(int(valid))
+                 : "memory");
+}
+#else
+[[maybe_unused]] constexpr int ADD_WIDTH = 1;
+DEVICE void add_global_from(float *to, u32 from, bool valid) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+    if (valid) add_global(to, x);
+}
+#endif
 
 // The counter's value before it grew by 1.
 DEVICE u32 take_number(u32 *counter) { return atomicAdd(counter, 1u); }

@@ -200,7 +200,7 @@ impl Specialization {
         }
         let (d, dv) = (tiled(spec.head_dim, 32), tiled(spec.head_dim_v, 32));
         let dq = !spec.deterministic;
-        let tile = backward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
+        let tile = backward_tile(spec, d, dv, target, view).ok_or_else(|| no_tile(backend, spec))?;
         let mut defines = attention_defines(spec, d, dv, view.aligned);
         defines.extend([
             format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
@@ -212,6 +212,9 @@ impl Specialization {
             format!("CHUNK_M={}", tile.chunk),
             format!("STAGES={}", tile.stages),
             format!("DQ_WARPS_M={}", tile.dq_warps_m(d).unwrap_or(1)),
+            format!("DQ_PARTS={}", tile.dq_parts(d)),
+            format!("STAGED={}", u32::from(tile.staged)),
+            format!("APART={}", u32::from(tile.apart)),
             format!("SIDE_BY_SIDE={}", u32::from(tile.side_by_side)),
             format!("MIN_BLOCKS={}", tile.blocks),
             format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
@@ -453,6 +456,7 @@ fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardT
     fitting.find(|t| target.fits(t.bytes(d, dv), t.blocks))
 }
 
+#[derive(Clone, Copy)]
 struct BackwardTile {
     key_warps: u32,
     split: u32,
@@ -462,6 +466,8 @@ struct BackwardTile {
     stages: u32,
     blocks: u32,
     side_by_side: bool,
+    staged: bool,
+    apart: bool,
 }
 
 impl BackwardTile {
@@ -474,20 +480,42 @@ impl BackwardTile {
         let exchanges = u32::from(dq || self.split > 1) + u32::from(self.split > 1);
         let scores = exchanges * tile_bytes(self.keys(), self.queries);
         let control = 160;
-        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control
+        let sums = if dq && self.staged { self.sums_bytes(d) } else { 0 };
+        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control + sums
     }
 
-    /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns. Only tiles without dq have none.
+    /// 16 rows of each warp's dq on their way to memory.
+    fn sums_bytes(&self, d: u32) -> u32 {
+        let columns = self.dq_columns(d) / self.dq_parts(d);
+        let pitch = if columns.is_multiple_of(32) { columns } else { columns + 8 };
+        self.warps() * 16 * pitch * 4
+    }
+
+    fn warps(&self) -> u32 {
+        self.key_warps * self.split
+    }
+
+    /// Warps along the queries of dq: what takes the fewest matrix loads. Only tiles without dq have none.
     fn dq_warps_m(&self, d: u32) -> Option<u32> {
-        let warps = self.key_warps * self.split;
-        let fits = |m: u32| {
-            warps.is_multiple_of(m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
+        let warps = self.warps();
+        let fits = |m: &u32| {
+            warps.is_multiple_of(*m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
         };
-        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m))
+        let loads = |m: &u32| self.queries / m + d * m / warps;
+        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).filter(fits).min_by_key(loads)
+    }
+
+    fn dq_columns(&self, d: u32) -> u32 {
+        d * self.dq_warps_m(d).unwrap_or(1) / self.warps()
+    }
+
+    /// Parts of a warp's columns of dq, one after the other where registers are short.
+    fn dq_parts(&self, d: u32) -> u32 {
+        if (self.staged || self.k_tiles == 1) && self.dq_columns(d) == 64 { 2 } else { 1 }
     }
 }
 
-fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<BackwardTile> {
+fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target, view: View) -> Option<BackwardTile> {
     let of = |[key_warps, split, k_tiles, queries, chunk, stages, blocks, side]: [u32; 8]| BackwardTile {
         key_warps,
         split,
@@ -497,6 +525,8 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         stages,
         blocks,
         side_by_side: side == 1,
+        staged: false,
+        apart: false,
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
     let tiles: &[[u32; 8]] = if is_heavy(spec) && d + dv <= 320 {
@@ -538,8 +568,17 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         ]
     };
     let dq = !spec.deterministic;
-    let mut fitting =
-        tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
+    // Elsewhere registers spill, or it is not measured.
+    let staged = dq && plain && view.aligned && target.arch >= 90 && matches!(d, 64 | 128 | 256);
+    let staged = |t: BackwardTile| {
+        let apart = staged && t.split == 4 && d == dv;
+        let chunk = if apart { 2 * t.queries / t.split } else { t.chunk };
+        [BackwardTile { staged, apart, chunk, ..t }, t]
+    };
+    let mut fitting = tiles
+        .iter()
+        .flat_map(|t| staged(of(*t)))
+        .filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
     fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks) && (!dq || t.dq_warps_m(d).is_some()))
 }
 
