@@ -18,6 +18,8 @@ from compile import Nvrtc, parse  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 LOAD, STORE = 1, 2  # ForwardParams.stage
+# As for the library: flash2 keeps a Hopper from its own kernels.
+KERNEL = {"kernel": os.environ["LONGSPAN_KERNEL"]} if "LONGSPAN_KERNEL" in os.environ else {}
 
 
 def arch_name(arch):
@@ -120,7 +122,7 @@ class Case:
     def __init__(self, driver, emit_program, spec, slices):
         self.driver, self.spec = driver, spec
         self.folder = tempfile.mkdtemp()
-        words = " ".join(f"{k}={v}" for k, v in spec.items())
+        words = " ".join(f"{k}={v}" for k, v in (spec | KERNEL).items())
         text = "\n".join([f"case c {words}"] + ["slice " + " ".join(map(str, s)) for s in slices]) + "\n"
         done = subprocess.run([emit_program, self.folder, str(driver.arch)], input=text, capture_output=True, text=True)
         if done.returncode:

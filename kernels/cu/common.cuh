@@ -157,10 +157,22 @@ DEVICE float transform(const Score &f, const Piece &s, float dot, int r, int c, 
 #if !defined(IO_F32) && defined(HEAD_DIM)
 // ---- tiles of 16-bit elements in shared memory ----
 //
-// A row of `dim` elements takes dim + 8: an odd number of 16-byte units, so that the eight rows of a matrix load lie in
-// different banks.
+// The eight rows of a matrix load must lie in different banks. Where the prelude SWIZZLES, rows of 64, 128 and 256 elements
+// lie densely, and the 16-byte units of each 128 bytes change places: unit u of row r is at u XOR r % 8. A row of any other
+// `dim` takes dim + 8, an odd number of units.
 
-template <int DIM> CONSTEXPR int pitch() { return DIM + 8; }
+template <int DIM> CONSTEXPR bool swizzled() { return SWIZZLES && (DIM == 64 || DIM == 128 || DIM == 256); }
+template <int DIM> CONSTEXPR int pitch() { return swizzled<DIM>() ? DIM : DIM + 8; }
+// Byte offset of a unit; without swizzle of any element.
+template <int DIM> CONSTEXPR u32 offset(int row, int column) {
+    return u32(row * pitch<DIM>() + (swizzled<DIM>() ? column ^ row % 8 * 8 : column)) * 2;
+}
+// From an address in a row to that `rows` and `columns` further, both multiples of 8. With swizzle the column is one of two
+// addends that have no bits in common.
+template <int DIM> DEVICE u32 shifted(u32 address, int rows, int columns) {
+    if (!swizzled<DIM>()) return address + offset<DIM>(rows, columns);
+    return (address ^ u32(columns % 64 * 2)) + u32(rows * DIM + columns / 64 * 64) * 2;
+}
 
 // 8 elements to shared memory, asynchronously; zeros from element `left` on, or all where not `valid`.
 DEVICE void load_chunk(u32 to, const u16 *from, bool valid, int left) {
@@ -199,18 +211,19 @@ DEVICE void load_part(u32 to, const u16 *part, i64 stride, int valid, int dim, i
 #else
         const i64 step = stride * (2 * STEP);
 #endif
-        to += u32(row * pitch<DIM>() + column) * 2;
+        to += offset<DIM>(row, column);
         valid -= row;
         UNROLL for (int i = 0; i < TURNS; ++i) {
             if (ROWS % STEP != 0 && row + i * STEP >= ROWS) break;
-            load_chunk(to + u32(i * STEP * pitch<DIM>()) * 2, reinterpret_cast<const u16 *>(at + i * step),
+            const u32 turned = swizzled<DIM>() ? to ^ u32(i * STEP % 8 * 16) : to;
+            load_chunk(turned + u32(i * STEP * pitch<DIM>()) * 2, reinterpret_cast<const u16 *>(at + i * step),
                        i * STEP < valid, EXACT ? 8 : dim - column);
         }
     } else {
         UNROLL for (int i = 0; i < TURNS; ++i) {
             const int index = thread + i * THREADS, row = index / CHUNKS, column = index % CHUNKS * 8;
             if (TOTAL % THREADS != 0 && index >= TOTAL) break;
-            load_chunk(to + u32(row * pitch<DIM>() + column) * 2, part + row * stride + column, row < valid,
+            load_chunk(to + offset<DIM>(row, column), part + row * stride + column, row < valid,
                        EXACT ? 8 : dim - column);
         }
     }
@@ -224,12 +237,11 @@ DEVICE void load_tile(u32 to, const u16 *from, i64 stride, int valid, int dim, i
 }
 
 // Byte offset of this lane's matrix row: for A, and for B stored [k][n] (transposed load).
-template <int DIM> DEVICE u32 lane_offset_a(int lane) { return u32((lane % 16) * pitch<DIM>() + lane / 16 * 8) * 2; }
+template <int DIM> DEVICE u32 lane_offset_a(int lane) { return offset<DIM>(lane % 16, lane / 16 * 8); }
 // For B stored [n][k], and for A stored [k][m] (transposed load).
 template <int DIM> DEVICE u32 lane_offset_b(int lane) {
-    return u32((lane % 8 + lane / 16 * 8) * pitch<DIM>() + lane / 8 % 2 * 8) * 2;
+    return offset<DIM>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
 }
-template <int DIM> CONSTEXPR u32 offset(int row, int column) { return u32(row * pitch<DIM>() + column) * 2; }
 
 // Two neighbouring C tiles as one A.
 DEVICE void as_a(u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {

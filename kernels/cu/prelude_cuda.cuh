@@ -103,6 +103,8 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bool first) {
 
 // ---- shared memory ----
 
+[[maybe_unused]] constexpr bool SWIZZLES = true;  // rows of tiles: see common.cuh
+
 DEVICE u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
@@ -118,7 +120,15 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], u32 at) {
                  : "r"(at)
                  : "memory");
 }
+DEVICE u32 load_shared(u32 at) {
+    u32 x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+    return x;
+}
 DEVICE void store_shared(u32 at, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
+DEVICE void store_shared2(u32 at, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(at), "f"(x), "f"(y) : "memory");
+}
 DEVICE void store_shared4(u32 at, u32 x, u32 y, u32 z, u32 w) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
@@ -131,6 +141,8 @@ DEVICE void copy_async16(u32 to, const void *from, bool valid) {
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 DEVICE void barrier() { __syncthreads(); }
+// Of `threads` threads that name the same one of 15 barriers.
+DEVICE void barrier(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 
 // ---- device memory ----
 
@@ -153,6 +165,25 @@ DEVICE void add_global2(float *at, float x, float y, bool valid) {
     add_global(at + 1, y);
 #endif
 }
+
+// Adds ADD_WIDTH neighbours in shared memory to those at `to`, where `valid`.
+#if __CUDA_ARCH__ >= 900
+[[maybe_unused]] constexpr int ADD_WIDTH = 4;
+DEVICE void add_global_from(float *to, u32 from, bool valid) {
+    float x, y, z, w;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x), "=f"(y), "=f"(z), "=f"(w) : "r"(from) : "memory");
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p red.global.add.v4.f32 [%0], {%1,%2,%3,%4}; }" ::"l"(to), "f"(x),
+                 "f"(y), "f"(z), "f"(w), "r"(int(valid))
+                 : "memory");
+}
+#else
+[[maybe_unused]] constexpr int ADD_WIDTH = 1;
+DEVICE void add_global_from(float *to, u32 from, bool valid) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+    if (valid) add_global(to, x);
+}
+#endif
 
 // The counter's value before it grew by 1.
 DEVICE u32 take_number(u32 *counter) { return atomicAdd(counter, 1u); }

@@ -180,6 +180,8 @@ DEVICE void multiply(float (&c)[PRODUCT_VALUES], const u32 (&a)[OPERAND_WORDS], 
 
 // ---- shared memory ----
 
+[[maybe_unused]] constexpr bool SWIZZLES = false;  // rows of tiles: see common.cuh
+
 #define LDS __attribute__((address_space(3)))
 typedef u32 Words2 __attribute__((ext_vector_type(2)));
 typedef u32 Words4 __attribute__((ext_vector_type(4)));

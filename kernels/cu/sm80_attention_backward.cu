@@ -8,17 +8,18 @@
 //         Q and dout of the next block travel to the other stage
 //         S^T = K Q^T; P^T = exp2(S^T - lse), 0 outside the band; dP^T = V dout^T; dS^T = P^T (dP^T - delta)
 //         dV += P^T dout; dK += dS^T Q          (with SPLIT = 1 straight from registers: an accumulator pair is an A)
-//         dS^T to shared memory; dQ = dS K is added to f32 memory by atomics
+//         dS^T to shared memory; dQ = dS K is added to f32 memory by atomics (by way of shared memory with STAGED = 1)
 //     write or add dK and dV
 //
 // Keys are the row side of every product, so that P^T and dS^T need no trip through shared memory. With SPLIT = 2 (large
 // heads) two warps share 16 keys: each computes half of the queries, and after an exchange through shared memory half of
-// the columns of dK and dV. Each KV head's query heads are summed here, in order: no atomics but those of dQ, and none in
+// the columns of dK and dV. With APART = 1 half of the warps computes S and P, the other half dP and, from P in shared memory,
+// dS: each reads K or V for twice as many queries. Each KV head's query heads are summed here, in order: no atomics but those of dQ, and none in
 // the deterministic mode (DQ = 0), where sm80_attention_backward_dq.cu computes dQ. (Dao, FlashAttention-2, 2023.)
 //
 // Macros: KEY_WARPS, SPLIT, K_TILES (keys of a warp / 16), BLOCK_M, CHUNK_M (queries a warp takes at once), STAGES,
-// DQ_WARPS_M (warps along the queries of dQ), DQ, GRADIENT_F32, SIDE_BY_SIDE,
-// MIN_BLOCKS.
+// DQ_WARPS_M (warps along the queries of dQ), DQ_PARTS (of a warp's columns of dQ, one after the other), STAGED,
+// APART, DQ, GRADIENT_F32, SIDE_BY_SIDE, MIN_BLOCKS.
 
 struct BackwardParams {
     Problem problem;
@@ -33,15 +34,26 @@ static_assert(sizeof(BackwardParams) == 416, "layout");
 constexpr int WARPS = KEY_WARPS * SPLIT, THREADS = WARPS * 32;
 constexpr int KEYS = 16 * K_TILES;  // of a warp
 constexpr int BLOCK_N = KEY_WARPS * KEYS;
-constexpr int QUERIES = BLOCK_M / SPLIT;  // of a warp, in S and dP
+constexpr int PARTS = APART ? SPLIT / 2 : SPLIT;  // of the queries of a block, in S and dP
+constexpr int QUERIES = BLOCK_M / PARTS;  // of a warp there
 constexpr int COLUMNS = HEAD_DIM / SPLIT, COLUMNS_V = HEAD_DIM_V / SPLIT;
 constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2, V_BYTES = BLOCK_N * pitch<HEAD_DIM_V>() * 2;
 constexpr u32 Q_BYTES = BLOCK_M * pitch<HEAD_DIM>() * 2, O_BYTES = BLOCK_M * pitch<HEAD_DIM_V>() * 2;
 constexpr u32 S_BYTES = BLOCK_N * pitch<BLOCK_M>() * 2;
 constexpr u32 Q_AT = K_BYTES + V_BYTES, O_AT = Q_AT + STAGES * Q_BYTES, DS_AT = O_AT + STAGES * O_BYTES;
 constexpr u32 P_AT = DS_AT + (DQ || SPLIT > 1 ? S_BYTES : 0), STATS_AT = P_AT + (SPLIT > 1 ? S_BYTES : 0);
-constexpr u32 CONTROL_AT = STATS_AT + 2 * BLOCK_M * 4;
-static_assert(CONTROL_AT + 160 == SHARED_BYTES, "shared memory");
+constexpr u32 CONTROL_AT = STATS_AT + 2 * BLOCK_M * 4, SUMS_AT = CONTROL_AT + 160;
+#if DQ
+constexpr int DQ_WARPS_N = WARPS / DQ_WARPS_M, DQ_TILES = BLOCK_M / DQ_WARPS_M / 16;
+constexpr int DQ_COLUMNS = HEAD_DIM / DQ_WARPS_N / DQ_PARTS;  // of a warp, in one part
+static_assert(DQ_TILES * DQ_WARPS_M * 16 == BLOCK_M && DQ_COLUMNS % 16 == 0, "dq tiles");
+// A warp's 16 rows of sums on their way: the four rows of a store lie in different banks.
+constexpr int SUMS_PITCH = (DQ_COLUMNS % 32 ? DQ_COLUMNS + 8 : DQ_COLUMNS) * 4;
+constexpr u32 SUMS_BYTES = STAGED ? 16 * SUMS_PITCH : 0;
+#else
+constexpr u32 SUMS_BYTES = 0;
+#endif
+static_assert(SUMS_AT + WARPS * SUMS_BYTES == SHARED_BYTES, "shared memory");
 static_assert(2 * BLOCK_M <= THREADS && QUERIES % CHUNK_M == 0 && CHUNK_M % 16 == 0, "tiles");
 
 #if GRADIENT_F32
@@ -54,10 +66,10 @@ typedef float Chunk[K_TILES][CHUNK_M / 8][4];
 // One step of 16 columns (the kk-th) of C = A B^T with A from rows of `a` and B from rows of `b`.
 template <int DIM> DEVICE void product_step(Chunk &c, u32 a, u32 b, int kk) {
     u32 x[K_TILES][4];
-    UNROLL for (int kt = 0; kt < K_TILES; ++kt) load_matrices(x[kt], a + offset<DIM>(kt * 16, kk * 16));
+    UNROLL for (int kt = 0; kt < K_TILES; ++kt) load_matrices(x[kt], shifted<DIM>(a, kt * 16, kk * 16));
     UNROLL for (int j = 0; j < CHUNK_M / 16; ++j) {
         u32 y[4];
-        load_matrices(y, b + offset<DIM>(j * 16, kk * 16));
+        load_matrices(y, shifted<DIM>(b, j * 16, kk * 16));
         UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
             mma(c[kt][2 * j], x[kt], y[0], y[1], kk == 0);
             mma(c[kt][2 * j + 1], x[kt], y[2], y[3], kk == 0);
@@ -69,7 +81,7 @@ template <int DIM> DEVICE void product_step(Chunk &c, u32 a, u32 b, int kk) {
 template <int DIM, int COLS> DEVICE void gather16(float (&acc)[K_TILES][COLS / 8][4], const u32 (&a)[K_TILES][4], u32 b) {
     UNROLL for (int j = 0; j < COLS / 16; ++j) {
         u32 y[4];
-        load_matrices_transposed(y, b + offset<DIM>(0, j * 16));
+        load_matrices_transposed(y, shifted<DIM>(b, 0, j * 16));
         UNROLL for (int kt = 0; kt < K_TILES; ++kt) {
             mma(acc[kt][2 * j], a[kt], y[0], y[1]);
             mma(acc[kt][2 * j + 1], a[kt], y[2], y[3]);
@@ -183,47 +195,81 @@ DEVICE void differentiate(Chunk &s, Chunk &dp, const Context &x, const Piece &pi
     }
 }
 
+#if APART
+static_assert(HEAD_DIM == HEAD_DIM_V && CHUNK_M == QUERIES && SPLIT > 1 && !TRANSFORM && !DROPOUT, "S and dP apart");
+// S^T becomes P^T.
+DEVICE void probabilities(Chunk &s, const Context &x, const Piece &piece, LaneAt at, const float *lse, bool masked) {
+    if (masked) mask(s, piece, at);
+    UNROLL for (int j = 0; j < CHUNK_M / 8; ++j) {
+        const float2 l = *reinterpret_cast<const float2 *>(lse + 8 * j);
+        UNROLL for (int kt = 0; kt < K_TILES; ++kt)
+            UNROLL for (int e = 0; e < 4; ++e)
+                s[kt][j][e] = exp2_fast(s[kt][j][e] * x.score.unit - (e % 2 ? l.y : l.x));
+    }
+}
+// dP^T becomes dS^T, with P^T in shared memory at `p`.
+DEVICE void derivatives(Chunk &dp, u32 p, const float *delta) {
+    UNROLL for (int j = 0; j < CHUNK_M / 8; ++j) {
+        const float2 d = *reinterpret_cast<const float2 *>(delta + 8 * j);
+        UNROLL for (int kt = 0; kt < K_TILES; ++kt)
+            UNROLL for (int half = 0; half < 2; ++half) {
+                const u32 pair = load_shared(shifted<BLOCK_M>(p, 16 * kt + 8 * half, 8 * j));
+                dp[kt][j][2 * half] = widen(u16(pair)) * (dp[kt][j][2 * half] - d.x);
+                dp[kt][j][2 * half + 1] = widen(u16(pair >> 16)) * (dp[kt][j][2 * half + 1] - d.y);
+            }
+    }
+}
+#endif
+
 // A chunk to [key][query] in shared memory.
 DEVICE void store_chunk(const Chunk &c, u32 to) {
     UNROLL for (int kt = 0; kt < K_TILES; ++kt)
         UNROLL for (int j = 0; j < CHUNK_M / 8; ++j)
             UNROLL for (int half = 0; half < 2; ++half)
-                store_shared(to + offset<BLOCK_M>(16 * kt + 8 * half, 8 * j),
+                store_shared(shifted<BLOCK_M>(to, 16 * kt + 8 * half, 8 * j),
                              pack2(c[kt][j][2 * half], c[kt][j][2 * half + 1]));
 }
 
-#if DQ
-constexpr int DQ_WARPS_N = WARPS / DQ_WARPS_M;
-constexpr int DQ_TILES = BLOCK_M / DQ_WARPS_M / 16, DQ_COLUMNS = HEAD_DIM / DQ_WARPS_N;
-static_assert(DQ_TILES * DQ_WARPS_M * 16 == BLOCK_M && DQ_COLUMNS % 16 == 0, "dq tiles");
+// The same of zeros.
+DEVICE void store_zeros(u32 to) {
+    UNROLL for (int kt = 0; kt < 2 * K_TILES; ++kt)
+        UNROLL for (int j = 0; j < CHUNK_M / 8; ++j) store_shared(shifted<BLOCK_M>(to, 8 * kt, 8 * j), 0);
+}
 
-// Adds this warp's part of scale * dS K to `dq`, the row of the block's first query.
-DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k, int warp, int lane) {
-    const int row0 = warp / DQ_WARPS_N * DQ_TILES * 16, column0 = warp % DQ_WARPS_N * DQ_COLUMNS;
-    float c[DQ_TILES][DQ_COLUMNS / 8][4];
-    ds += offset<BLOCK_M>(0, row0) + lane_offset_b<BLOCK_M>(lane);
-    k += offset<HEAD_DIM>(0, column0) + lane_offset_a<HEAD_DIM>(lane);
-    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
-        u32 a[DQ_TILES][4];
-        UNROLL for (int mt = 0; mt < DQ_TILES; ++mt)
-            load_matrices_transposed(a[mt], ds + offset<BLOCK_M>(kk * 16, mt * 16));
-        UNROLL for (int j = 0; j < DQ_COLUMNS / 16; ++j) {
-            u32 b[4];
-            load_matrices_transposed(b, k + offset<HEAD_DIM>(kk * 16, j * 16));
-            UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
-                mma(c[mt][2 * j], a[mt], b[0], b[1], kk == 0);
-                mma(c[mt][2 * j + 1], a[mt], b[2], b[3], kk == 0);
-            }
+#if DQ
+typedef float Sums[DQ_TILES][DQ_COLUMNS / 8][4];
+
+// Adds `c` times `scale` to `dq`, of which `valid` rows and `dim` columns exist. `sums`: this warp's shared memory.
+#if STAGED
+DEVICE u32 sums_offset(int row, int column) {
+    return row * SUMS_PITCH + (DQ_COLUMNS % 32 ? column * 4 : column * 4 ^ row % 4 * 32);
+}
+// Whole lines go to the cache at once: what the four lanes of a row have of it would be a request of its own.
+DEVICE void add_sums(const Sums &c, float *dq, i64 stride, int valid, int dim, float scale, u32 sums, int lane) {
+    constexpr int UNITS = DQ_COLUMNS / ADD_WIDTH;
+    UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
+        UNROLL for (int half = 0; half < 2; ++half)
+            UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
+                store_shared2(sums + sums_offset(8 * half + lane / 4, 8 * j + lane % 4 * 2), c[mt][j][2 * half] * scale,
+                              c[mt][j][2 * half + 1] * scale);
+        warp_barrier();
+        UNROLL for (int i = 0; i < 16 * UNITS / WARP; ++i) {
+            const int unit = lane + WARP * i, row = unit / UNITS, column = unit % UNITS * ADD_WIDTH;
+            add_global_from(dq + (16 * mt + row) * stride + column, sums + sums_offset(row, column),
+                            16 * mt + row < valid && (EXACT || column < dim));
         }
+        warp_barrier();
     }
-    const int dim = EXACT ? HEAD_DIM : p.problem.head_dim, quad = lane % 4;
-    const float scale = p.problem.scale;
+}
+#else
+DEVICE void add_sums(const Sums &c, float *dq, i64 stride, int valid, int dim, float scale, u32, int lane) {
+    const int quad = lane % 4;
     UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
 #if ALIGNED
         // The four lanes of a row add 32 neighbouring bytes.
         UNROLL for (int half = 0; half < 2; ++half) {
-            const int row = row0 + 16 * mt + lane / 4 + 8 * half, column = column0 + 2 * quad;
-            float *to = dq + row * p.dq.row + column;
+            const int row = 16 * mt + lane / 4 + 8 * half, column = 2 * quad;
+            float *to = dq + row * stride + column;
             UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
                 add_global2(to + 8 * j, c[mt][j][2 * half] * scale, c[mt][j][2 * half + 1] * scale,
                             row < valid && (EXACT || column + 8 * j < dim));
@@ -231,11 +277,36 @@ DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 ds, u32 k,
 #else
         UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
             UNROLL for (int e = 0; e < 4; ++e) {
-                int row = row0 + 16 * mt + lane / 4 + 8 * (e / 2), column = column0 + 8 * j + 2 * quad + e % 2;
-                if (row < valid && column < dim) add_global(dq + row * p.dq.row + column, c[mt][j][e] * scale);
+                int row = 16 * mt + lane / 4 + 8 * (e / 2), column = 8 * j + 2 * quad + e % 2;
+                if (row < valid && column < dim) add_global(dq + row * stride + column, c[mt][j][e] * scale);
             }
 #endif
     }
+}
+#endif
+
+// Adds this warp's part of scale * dS K to `dq`, the row of the block's first query: one of DQ_PARTS parts of its columns.
+DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 base, int warp, int lane, int part) {
+    const int row0 = warp / DQ_WARPS_N * DQ_TILES * 16, column0 = (warp % DQ_WARPS_N * DQ_PARTS + part) * DQ_COLUMNS;
+    Sums c;
+    const u32 ds = shifted<BLOCK_M>(base + DS_AT + lane_offset_b<BLOCK_M>(lane), 0, row0);
+    const u32 k = shifted<HEAD_DIM>(base + lane_offset_a<HEAD_DIM>(lane), 0, column0);
+    UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
+        u32 a[DQ_TILES][4];
+        UNROLL for (int mt = 0; mt < DQ_TILES; ++mt)
+            load_matrices_transposed(a[mt], shifted<BLOCK_M>(ds, kk * 16, mt * 16));
+        UNROLL for (int j = 0; j < DQ_COLUMNS / 16; ++j) {
+            u32 b[4];
+            load_matrices_transposed(b, shifted<HEAD_DIM>(k, kk * 16, j * 16));
+            UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
+                mma(c[mt][2 * j], a[mt], b[0], b[1], kk == 0);
+                mma(c[mt][2 * j + 1], a[mt], b[2], b[3], kk == 0);
+            }
+        }
+    }
+    const int dim = EXACT ? HEAD_DIM : p.problem.head_dim;
+    add_sums(c, dq + row0 * p.dq.row + column0, p.dq.row, valid - row0, dim - column0, p.problem.scale,
+             base + SUMS_AT + warp * SUMS_BYTES, lane);
 }
 #endif
 
@@ -334,7 +405,8 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         }
     const u32 warp_k = k_at + offset<HEAD_DIM>(key_warp * KEYS, 0) + lane_offset_a<HEAD_DIM>(lane);
     const u32 warp_v = v_at + offset<HEAD_DIM_V>(key_warp * KEYS, 0) + lane_offset_a<HEAD_DIM_V>(lane);
-    const u32 own_s = offset<BLOCK_M>(key_warp * KEYS + lane / 4, part * QUERIES + lane % 4 * 2);
+    const int query_part = part % PARTS;
+    const u32 own_s = offset<BLOCK_M>(key_warp * KEYS + lane / 4, query_part * QUERIES) + lane % 4 * 4;
 
     Context context{score_of(p.problem, next.head)};
 #if ALIBI || DROPOUT
@@ -355,7 +427,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         u32 seen = 0, masked = 0;
         UNROLL for (int chunk = 0; chunk < QUERIES / CHUNK_M; ++chunk) {
             const Piece &piece = now.piece;
-            const int query = now.query + part * QUERIES + chunk * CHUNK_M;
+            const int query = now.query + query_part * QUERIES + chunk * CHUNK_M;
             const int least = warp_key - (query + CHUNK_M - 1), most = warp_key + KEYS - 1 - query;
             const bool sees = least <= piece.hi && most >= piece.lo && warp_key < piece.k1 && warp_key + KEYS > piece.k0 &&
                               query < piece.q1;
@@ -378,10 +450,27 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         }
 #endif
 
+#if APART
+        const int row = query_part * QUERIES;
+        const u32 ds_at = base + DS_AT + own_s, p_at = base + P_AT + own_s;
+        const bool scores = part < PARTS;  // the others have dP
+        Chunk c;
+        if (seen) {
+            const u32 b = (scores ? q_at : o_at) + offset<HEAD_DIM>(row, 0) + lane_offset_b<HEAD_DIM>(lane);
+            UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk) product_step<HEAD_DIM>(c, scores ? warp_k : warp_v, b, kk);
+        }
+        if (scores && seen) {
+            probabilities(c, context, now.piece, {warp_key + lane / 4, now.query + row + lane % 4 * 2},
+                          stats + row + lane % 4 * 2, masked);
+            store_chunk(c, p_at);
+        } else if (scores) {
+            store_zeros(p_at);
+        }
+#else
         UNROLL for (int chunk = 0; chunk < QUERIES / CHUNK_M; ++chunk) {
-            const int row = part * QUERIES + chunk * CHUNK_M;
-            const u32 ds_at = base + DS_AT + own_s + u32(chunk * CHUNK_M) * 2;
-            const u32 p_at = base + P_AT + own_s + u32(chunk * CHUNK_M) * 2;
+            const int row = query_part * QUERIES + chunk * CHUNK_M;
+            const u32 ds_at = shifted<BLOCK_M>(base + DS_AT + own_s, 0, chunk * CHUNK_M);
+            const u32 p_at = shifted<BLOCK_M>(base + P_AT + own_s, 0, chunk * CHUNK_M);
             if (seen >> chunk & 1) {
                 Chunk s, ds;
                 const u32 lane_q = q_at + offset<HEAD_DIM>(row, 0) + lane_offset_b<HEAD_DIM>(lane);
@@ -403,20 +492,18 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                         u32 a[K_TILES][4];
                         UNROLL for (int kt = 0; kt < K_TILES; ++kt) as_a(a[kt], s[kt][2 * i], s[kt][2 * i + 1]);
                         gather16<HEAD_DIM_V, COLUMNS_V>(
-                            dv, a, o_at + offset<HEAD_DIM_V>(row + 16 * i, 0) + lane_offset_a<HEAD_DIM_V>(lane));
+                            dv, a, shifted<HEAD_DIM_V>(o_at + lane_offset_a<HEAD_DIM_V>(lane), row + 16 * i, 0));
                         UNROLL for (int kt = 0; kt < K_TILES; ++kt) as_a(a[kt], ds[kt][2 * i], ds[kt][2 * i + 1]);
                         gather16<HEAD_DIM, COLUMNS>(
-                            dk, a, q_at + offset<HEAD_DIM>(row + 16 * i, 0) + lane_offset_a<HEAD_DIM>(lane));
+                            dk, a, shifted<HEAD_DIM>(q_at + lane_offset_a<HEAD_DIM>(lane), row + 16 * i, 0));
                     }
                 }
             } else if (DQ || SPLIT > 1) {
-                UNROLL for (int kt = 0; kt < 2 * K_TILES; ++kt)
-                    UNROLL for (int j = 0; j < CHUNK_M / 8; ++j) {
-                        store_shared(ds_at + offset<BLOCK_M>(8 * kt, 8 * j), 0);
-                        if (SPLIT > 1) store_shared(p_at + offset<BLOCK_M>(8 * kt, 8 * j), 0);
-                    }
+                store_zeros(ds_at);
+                if (SPLIT > 1) store_zeros(p_at);
             }
         }
+#endif
         // After the two products, which these loads would hold up.
         if (STAGES == 2) {
             if (next.head < heads)
@@ -425,18 +512,31 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             copy_commit();
         }
         barrier();  // dS (and P) are there; row statistics, and with STAGES = 1 Q and dout, may be overwritten
+#if APART
+        if (!scores && seen) {
+            derivatives(c, p_at, stats + BLOCK_M + row + lane % 4 * 2);
+            store_chunk(c, ds_at);
+        } else if (!scores) {
+            store_zeros(ds_at);
+        }
+#endif
         if (SPLIT > 1) {
-            const u32 warp_s = offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(lane);
+            const int lane_now = int(opaque(u32(lane)));  // no address is kept over turns: the loop needs the registers
+            const u32 warp_s = base + offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(lane_now);
+            const u32 lane_o = shifted<HEAD_DIM_V>(o_at + lane_offset_a<HEAD_DIM_V>(lane), 0, part * COLUMNS_V);
+            const u32 lane_q = shifted<HEAD_DIM>(q_at + lane_offset_a<HEAD_DIM>(lane), 0, part * COLUMNS);
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) {
                 u32 a[K_TILES][4];
                 UNROLL for (int kt = 0; kt < K_TILES; ++kt)
-                    load_matrices(a[kt], base + P_AT + warp_s + offset<BLOCK_M>(16 * kt, 16 * i));
-                gather16<HEAD_DIM_V, COLUMNS_V>(
-                    dv, a, o_at + offset<HEAD_DIM_V>(16 * i, part * COLUMNS_V) + lane_offset_a<HEAD_DIM_V>(lane));
+                    load_matrices(a[kt], shifted<BLOCK_M>(warp_s + P_AT, 16 * kt, 16 * i));
+                gather16<HEAD_DIM_V, COLUMNS_V>(dv, a, shifted<HEAD_DIM_V>(lane_o, 16 * i, 0));
+            }
+            if (APART) barrier();  // dS is there
+            UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) {
+                u32 a[K_TILES][4];
                 UNROLL for (int kt = 0; kt < K_TILES; ++kt)
-                    load_matrices(a[kt], base + DS_AT + warp_s + offset<BLOCK_M>(16 * kt, 16 * i));
-                gather16<HEAD_DIM, COLUMNS>(
-                    dk, a, q_at + offset<HEAD_DIM>(16 * i, part * COLUMNS) + lane_offset_a<HEAD_DIM>(lane));
+                    load_matrices(a[kt], shifted<BLOCK_M>(warp_s + DS_AT, 16 * kt, 16 * i));
+                gather16<HEAD_DIM, COLUMNS>(dk, a, shifted<HEAD_DIM>(lane_q, 16 * i, 0));
             }
             if (STAGES == 1) barrier();
         }
@@ -446,8 +546,9 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             copy_commit();
         }
 #if DQ
-        add_dq(p, at<float>(p.dq, control.tile.batch, now.query, now.head), now.piece.q1 - now.query, base + DS_AT, k_at,
-               warp, lane);
+        UNROLL for (int i = 0; i < DQ_PARTS; ++i)
+            add_dq(p, at<float>(p.dq, control.tile.batch, now.query, now.head), now.piece.q1 - now.query, base, warp,
+                   lane, i);
 #endif
         ++turn;
     }

@@ -48,10 +48,10 @@ DEVICE void load_keys(const BackwardParams &p, const u16 *k, const u16 *v, const
 template <int DIM> DEVICE void product(Block &c, u32 a, u32 b) {
     UNROLL for (int kk = 0; kk < DIM / 16; ++kk) {
         u32 x[4];
-        load_matrices(x, a + offset<DIM>(0, kk * 16));
+        load_matrices(x, shifted<DIM>(a, 0, kk * 16));
         UNROLL for (int j = 0; j < BLOCK_N / 16; ++j) {
             u32 y[4];
-            load_matrices(y, b + offset<DIM>(j * 16, kk * 16));
+            load_matrices(y, shifted<DIM>(b, j * 16, kk * 16));
             mma(c[2 * j], x, y[0], y[1], kk == 0);
             mma(c[2 * j + 1], x, y[2], y[3], kk == 0);
         }
@@ -154,7 +154,7 @@ KERNEL(THREADS, 1) attention_backward_dq(PARAMS(BackwardParams) p) {
                 as_a(a, ds[2 * i], ds[2 * i + 1]);
                 UNROLL for (int j = 0; j < HEAD_DIM / 16; ++j) {
                     u32 b[4];
-                    load_matrices_transposed(b, keys + offset<HEAD_DIM>(i * 16, j * 16) + lane_offset_a<HEAD_DIM>(lane));
+                    load_matrices_transposed(b, shifted<HEAD_DIM>(keys + lane_offset_a<HEAD_DIM>(lane), i * 16, j * 16));
                     mma(dq[2 * j], a, b[0], b[1]);
                     mma(dq[2 * j + 1], a, b[2], b[3]);
                 }

@@ -5,7 +5,7 @@
 
 use longspan_hal::{Result, Spec};
 
-use crate::specialize::{Family, attention_defines, no_tile, padded, tile_bytes, transforms};
+use crate::specialize::{Family, attention_defines, no_tile, padded, transforms};
 use crate::{Source, Specialization, Target, View};
 
 /// Lanes of a wave.
@@ -21,6 +21,11 @@ const fn tiled(size: usize, target: Target) -> u32 {
         _ => 16,
     };
     padded(size, step)
+}
+
+/// Bytes of `rows` rows of 16-bit elements: 8 more a row.
+const fn tile_bytes(rows: u32, dim: u32) -> u32 {
+    rows * (dim + 8) * 2
 }
 
 /// Bytes of `rows` rows of 16-bit elements in quads.

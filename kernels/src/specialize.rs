@@ -158,11 +158,12 @@ impl Specialization {
         }
         let (d, dv) = (tiled(spec.head_dim, 16), tiled(spec.head_dim_v, 16));
         let tile = forward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
-        let rows = tile.warps * tile.m_tiles * 16;
+        let rows = tile.rows();
         let mut defines = attention_defines(spec, d, dv, view.aligned);
         defines.extend([
             format!("PARTIAL={}", u32::from(spec.partial)),
             format!("WARPS={}", tile.warps),
+            format!("SPLIT={}", tile.split),
             format!("M_TILES={}", tile.m_tiles),
             format!("BLOCK_N={}", tile.keys),
             format!("STAGES={}", tile.stages),
@@ -199,7 +200,7 @@ impl Specialization {
         }
         let (d, dv) = (tiled(spec.head_dim, 32), tiled(spec.head_dim_v, 32));
         let dq = !spec.deterministic;
-        let tile = backward_tile(spec, d, dv, target).ok_or_else(|| no_tile(backend, spec))?;
+        let tile = backward_tile(spec, d, dv, target, view).ok_or_else(|| no_tile(backend, spec))?;
         let mut defines = attention_defines(spec, d, dv, view.aligned);
         defines.extend([
             format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
@@ -211,6 +212,9 @@ impl Specialization {
             format!("CHUNK_M={}", tile.chunk),
             format!("STAGES={}", tile.stages),
             format!("DQ_WARPS_M={}", tile.dq_warps_m(d).unwrap_or(1)),
+            format!("DQ_PARTS={}", tile.dq_parts(d)),
+            format!("STAGED={}", u32::from(tile.staged)),
+            format!("APART={}", u32::from(tile.apart)),
             format!("SIDE_BY_SIDE={}", u32::from(tile.side_by_side)),
             format!("MIN_BLOCKS={}", tile.blocks),
             format!("SHARED_BYTES={}", tile.bytes(d, dv, dq)),
@@ -395,13 +399,15 @@ pub(crate) fn is_heavy(spec: &Spec) -> bool {
     spec.alibi || spec.dropout.is_some()
 }
 
-/// Bytes of `rows` rows of 16-bit elements in shared memory (8 more elements a row).
-pub(crate) const fn tile_bytes(rows: u32, dim: u32) -> u32 {
-    rows * (dim + 8) * 2
+/// Bytes of `rows` rows of 16-bit elements in shared memory: `pitch` of `cu/common.cuh`.
+const fn tile_bytes(rows: u32, dim: u32) -> u32 {
+    let pitch = if matches!(dim, 64 | 128 | 256) { dim } else { dim + 8 };
+    rows * pitch * 2
 }
 
 struct ForwardTile {
     warps: u32,
+    split: u32,
     m_tiles: u32,
     keys: u32,
     stages: u32,
@@ -410,15 +416,22 @@ struct ForwardTile {
 }
 
 impl ForwardTile {
+    fn rows(&self) -> u32 {
+        self.warps / self.split * self.m_tiles * 16
+    }
+
     fn bytes(&self, d: u32, dv: u32) -> u32 {
         let (control, block) = (160, tile_bytes(self.keys, d) + tile_bytes(self.keys, dv));
-        tile_bytes(self.warps * self.m_tiles * 16, d) + self.stages * block + control
+        let exchange =
+            if self.split > 1 { 4 * self.split * self.rows() + tile_bytes(self.rows(), self.keys) } else { 0 };
+        tile_bytes(self.rows(), d) + self.stages * block + control + exchange
     }
 }
 
 fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardTile> {
-    let of = |[warps, m_tiles, keys, stages, blocks]: [u32; 5], q_in_registers| ForwardTile {
+    let of = |[warps, split, m_tiles, keys, stages, blocks]: [u32; 6], q_in_registers| ForwardTile {
         warps,
+        split,
         m_tiles,
         keys,
         stages,
@@ -426,21 +439,24 @@ fn forward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<ForwardT
         q_in_registers,
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
-    let tiles: &[[u32; 5]] = match d.max(dv) {
-        ..=64 if is_heavy(spec) => &[[4, 1, 32, 2, 2]],
-        65..=128 if is_heavy(spec) => &[[8, 1, 32, 2, 1], [4, 1, 32, 1, 1]],
-        ..=64 if plain => &[[4, 2, 64, 2, 2], [4, 2, 64, 1, 2]],
-        ..=64 => &[[4, 2, 32, 2, 2], [4, 1, 32, 2, 2]],
-        65..=128 if plain && target.arch != 90 => &[[4, 2, 32, 2, 2], [4, 2, 32, 2, 1]],
-        65..=128 if plain => &[[4, 2, 64, 1, 2], [4, 2, 64, 1, 1]],
-        65..=128 => &[[4, 2, 32, 2, 2], [4, 2, 32, 1, 2], [4, 1, 32, 1, 1]],
-        _ if plain => &[[8, 1, 64, 2, 1], [8, 1, 64, 1, 1], [4, 1, 64, 1, 1], [4, 1, 32, 1, 1]],
-        _ => &[[8, 1, 32, 2, 1], [8, 1, 32, 1, 1], [4, 1, 32, 1, 1]],
+    let tiles: &[[u32; 6]] = match d.max(dv) {
+        ..=64 if is_heavy(spec) => &[[4, 1, 1, 32, 2, 2]],
+        65..=128 if is_heavy(spec) => &[[8, 1, 1, 32, 2, 1], [4, 1, 1, 32, 1, 1]],
+        ..=64 if plain => &[[4, 1, 2, 64, 2, 2], [4, 1, 2, 64, 1, 2]],
+        ..=64 => &[[4, 1, 2, 32, 2, 2], [4, 1, 1, 32, 2, 2]],
+        65..=128 if plain => &[[4, 1, 2, 64, 2, 2], [4, 1, 2, 32, 2, 2], [4, 1, 2, 32, 2, 1]],
+        65..=128 => &[[4, 1, 2, 32, 2, 2], [4, 1, 2, 32, 1, 2], [4, 1, 1, 32, 1, 1]],
+        _ if plain => {
+            &[[4, 2, 2, 64, 1, 2], [8, 1, 1, 64, 2, 1], [8, 1, 1, 64, 1, 1], [4, 1, 1, 64, 1, 1], [4, 1, 1, 32, 1, 1]]
+        }
+        _ => &[[8, 1, 1, 32, 2, 1], [8, 1, 1, 32, 1, 1], [4, 1, 1, 32, 1, 1]],
     };
     let q_in_registers = d.max(dv) <= 64 && plain;
-    tiles.iter().map(|t| of(*t, q_in_registers)).find(|t| target.fits(t.bytes(d, dv), t.blocks))
+    let mut fitting = tiles.iter().map(|t| of(*t, q_in_registers)).filter(|t| dv.is_multiple_of(16 * t.split));
+    fitting.find(|t| target.fits(t.bytes(d, dv), t.blocks))
 }
 
+#[derive(Clone, Copy)]
 struct BackwardTile {
     key_warps: u32,
     split: u32,
@@ -450,6 +466,8 @@ struct BackwardTile {
     stages: u32,
     blocks: u32,
     side_by_side: bool,
+    staged: bool,
+    apart: bool,
 }
 
 impl BackwardTile {
@@ -462,20 +480,42 @@ impl BackwardTile {
         let exchanges = u32::from(dq || self.split > 1) + u32::from(self.split > 1);
         let scores = exchanges * tile_bytes(self.keys(), self.queries);
         let control = 160;
-        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control
+        let sums = if dq && self.staged { self.sums_bytes(d) } else { 0 };
+        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control + sums
     }
 
-    /// Warps along the queries of dq: as few as leave the other warps multiples of 16 columns. Only tiles without dq have none.
+    /// 16 rows of each warp's dq on their way to memory.
+    fn sums_bytes(&self, d: u32) -> u32 {
+        let columns = self.dq_columns(d) / self.dq_parts(d);
+        let pitch = if columns.is_multiple_of(32) { columns } else { columns + 8 };
+        self.warps() * 16 * pitch * 4
+    }
+
+    fn warps(&self) -> u32 {
+        self.key_warps * self.split
+    }
+
+    /// Warps along the queries of dq: what takes the fewest matrix loads. Only tiles without dq have none.
     fn dq_warps_m(&self, d: u32) -> Option<u32> {
-        let warps = self.key_warps * self.split;
-        let fits = |m: u32| {
-            warps.is_multiple_of(m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
+        let warps = self.warps();
+        let fits = |m: &u32| {
+            warps.is_multiple_of(*m) && self.queries.is_multiple_of(16 * m) && d.is_multiple_of(16 * (warps / m))
         };
-        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).find(|m| fits(*m))
+        let loads = |m: &u32| self.queries / m + d * m / warps;
+        [1, 2, 4, 8].into_iter().skip(usize::from(warps > 4)).filter(fits).min_by_key(loads)
+    }
+
+    fn dq_columns(&self, d: u32) -> u32 {
+        d * self.dq_warps_m(d).unwrap_or(1) / self.warps()
+    }
+
+    /// Parts of a warp's columns of dq, one after the other where registers are short.
+    fn dq_parts(&self, d: u32) -> u32 {
+        if (self.staged || self.k_tiles == 1) && self.dq_columns(d) == 64 { 2 } else { 1 }
     }
 }
 
-fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<BackwardTile> {
+fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target, view: View) -> Option<BackwardTile> {
     let of = |[key_warps, split, k_tiles, queries, chunk, stages, blocks, side]: [u32; 8]| BackwardTile {
         key_warps,
         split,
@@ -485,6 +525,8 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         stages,
         blocks,
         side_by_side: side == 1,
+        staged: false,
+        apart: false,
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
     let tiles: &[[u32; 8]] = if is_heavy(spec) && d + dv <= 320 {
@@ -526,8 +568,17 @@ fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target) -> Option<Backwar
         ]
     };
     let dq = !spec.deterministic;
-    let mut fitting =
-        tiles.iter().map(|t| of(*t)).filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
+    // Elsewhere registers spill, or it is not measured.
+    let staged = dq && plain && view.aligned && target.arch >= 90 && matches!(d, 64 | 128 | 256);
+    let staged = |t: BackwardTile| {
+        let apart = staged && t.split == 4 && d == dv;
+        let chunk = if apart { 2 * t.queries / t.split } else { t.chunk };
+        [BackwardTile { staged, apart, chunk, ..t }, t]
+    };
+    let mut fitting = tiles
+        .iter()
+        .flat_map(|t| staged(of(*t)))
+        .filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
     fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks) && (!dq || t.dq_warps_m(d).is_some()))
 }
 

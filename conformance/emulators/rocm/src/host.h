@@ -385,6 +385,7 @@ inline void multiply(float (&c)[PRODUCT_VALUES], const u32 (&a)[OPERAND_WORDS], 
     host::meet(&what, bid, host::matrix_product);
 }
 
+constexpr bool SWIZZLES = false;
 inline u32 shared_address(const void *p) { return u32(static_cast<const unsigned char *>(p) - host::block->shared); }
 template <typename T> inline T load_shared(u32 at) {
     T x;
