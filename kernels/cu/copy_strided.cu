@@ -8,7 +8,7 @@ typedef u32 Unit;
 #elif UNIT == 8
 typedef u64 Unit;
 #else
-typedef uint4 Unit;
+typedef Words4 Unit;
 #endif
 
 constexpr int MAX_REGIONS = 16;
@@ -35,9 +35,10 @@ KERNEL(THREADS, 1) copy_strided(PARAMS(CopyParams) p) {
     const u32 total = g.extent[0] * g.extent[1] * g.extent[2] * g.extent[3];
     for (u32 first = blockIdx.x * (UNITS * THREADS) + threadIdx.x; first < total; first += gridDim.x * (UNITS * THREADS)) {
         Unit moved[UNITS];
-        UNROLL for (int k = 0; k < UNITS; ++k)
-            if (first + k * THREADS < total)
-                moved[k] = *reinterpret_cast<const Unit *>(place(g.from, g.extent, first + k * THREADS));
+        UNROLL for (int k = 0; k < UNITS; ++k) {
+            const u32 i = first + k * THREADS;
+            moved[k] = *reinterpret_cast<const Unit *>(place(g.from, g.extent, i < total ? i : total - 1));
+        }
         UNROLL for (int k = 0; k < UNITS; ++k)
             if (first + k * THREADS < total)
                 *reinterpret_cast<Unit *>(place(g.to, g.extent, first + k * THREADS)) = moved[k];

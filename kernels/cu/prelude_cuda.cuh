@@ -105,6 +105,8 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bool first) {
 
 [[maybe_unused]] constexpr bool SWIZZLES = true;  // rows of tiles: see common.cuh
 
+typedef uint4 Words4;  // of u32, as one value
+
 DEVICE u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
