@@ -84,13 +84,16 @@ pub(crate) fn backward_dq(spec: &Spec, target: Target, view: View) -> Option<Spe
         129..=192 => 64,
         _ => 48,
     };
+    // K of a block is in use until the next one's scores are there.
+    let [k_stages, v_stages] = if d.max(dv) > 192 && keys == 48 { [3, 1] } else { [3, 2] };
     let queries = tile_bytes(64 * GROUPS, d) + tile_bytes(64 * GROUPS, dv);
-    let bytes = queries + 2 * (tile_bytes(keys, d) + tile_bytes(keys, dv)) + 160 + 4 * 72;
+    let bytes = queries + k_stages * tile_bytes(keys, d) + v_stages * tile_bytes(keys, dv) + 160 + 4 * 72;
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
         format!("BLOCK_N={keys}"),
-        "STAGES=2".to_owned(),
+        format!("STAGES={k_stages}"),
+        format!("V_STAGES={v_stages}"),
         format!("SHARED_BYTES={bytes}"),
     ]);
     defines.extend(registers(GROUPS, false));
