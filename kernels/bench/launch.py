@@ -191,13 +191,16 @@ class Case:
         params = b"".join(map(tensor, [q, k, v, dout, lse, delta, dq, dk, dv])) + struct.pack("<II", add, 0)
         def mapped(kernel, queries, keys, call):
             sums = self.driver.tensor_map(dq, queries, 32) if "dq" not in self.kernels else bytes(128)
-            return self.maps((q, queries), (k, keys), (v, keys), (dout, queries)) + sums + call + bytes(32)
+            counter = struct.pack("<4Q", self.counter.data_ptr(), 0, 0, 0)
+            return self.maps((q, queries), (k, keys), (v, keys), (dout, queries)) + sums + call + counter
 
         kernel = self.kernels["backward"]
         call = self.problem("backward", slopes, seed) + params
+        blocks = kernel.tiles * self.number("kv_heads")
         if kernel.box_rows:
             call = mapped(kernel, kernel.box_rows, kernel.rows, call)
-        self.launch("backward", kernel.tiles * self.number("kv_heads"), call, "attention_backward")
+            blocks = min(blocks, self.driver.units)
+        self.launch("backward", blocks, call, "attention_backward")
         if "dq" in self.kernels:
             kernel = self.kernels["dq"]
             call = self.problem("dq", slopes, seed) + params

@@ -23,9 +23,10 @@ struct Tensor {
     i64 batch, row, head;
 };
 
-// Rows [row0, row0 + rows) of one batch row, and their pieces [first, first + count).
+// Rows [row0, row0 + rows) of one batch row, and their pieces [first, first + count). `rank`: its number in its section of
+// batch rows, in list order.
 struct Tile {
-    u32 batch, row0, rows, first, count, unused;
+    u32 batch, row0, rows, first, count, rank;
 };
 
 // Query rows q0..q1 and key rows k0..k1; a pair (r, c) is selected where lo <= c - r <= hi (local rows, not counted from q0

@@ -11,7 +11,7 @@
 //
 // Rows of K and V past a piece may hold anything: the copier zeroes them.
 //
-// Macros: BLOCK_N, STAGES, GRADIENT_F32, REGISTERS, PRODUCER_REGISTERS.
+// Macros: BLOCK_N, STAGES (of K), V_STAGES, GRADIENT_F32, REGISTERS, PRODUCER_REGISTERS.
 
 struct BackwardParams {
     Problem problem;
@@ -34,8 +34,8 @@ constexpr u32 QUERY_PANEL = BLOCK_M * 128, KEY_PANEL = BLOCK_N * 128;
 constexpr u32 Q_BYTES = PANELS * QUERY_PANEL, O_BYTES = PANELS_V * QUERY_PANEL;
 constexpr u32 K_BYTES = PANELS * KEY_PANEL, V_BYTES = PANELS_V * KEY_PANEL;
 constexpr u32 O_AT = Q_BYTES, K_AT = O_AT + O_BYTES, V_AT = K_AT + STAGES * K_BYTES;
-constexpr u32 FULL_QO = V_AT + STAGES * V_BYTES, RAW = FULL_QO + 8, FULL_K = RAW + 8, FULL_V = FULL_K + 8 * STAGES;
-constexpr u32 FREE_K = FULL_V + 8 * STAGES, FREE_V = FREE_K + 8 * STAGES, BLOCKS_AT = FULL_QO + 160;
+constexpr u32 FULL_QO = V_AT + V_STAGES * V_BYTES, RAW = FULL_QO + 8, FULL_K = RAW + 8, FULL_V = FULL_K + 8 * STAGES;
+constexpr u32 FREE_K = FULL_V + 8 * V_STAGES, FREE_V = FREE_K + 8 * STAGES, BLOCKS_AT = FULL_QO + 160;
 
 #if GRADIENT_F32
 typedef float Gradient;
@@ -54,7 +54,7 @@ struct Block {
 };
 static_assert(sizeof(Block) == 72, "layout");
 constexpr int BLOCKS = 4;  // more than STAGES
-static_assert(STAGES < BLOCKS && FREE_V + 8 * STAGES <= BLOCKS_AT && BLOCKS_AT + BLOCKS * sizeof(Block) == SHARED_BYTES,
+static_assert(STAGES < BLOCKS && FREE_V + 8 * V_STAGES <= BLOCKS_AT && BLOCKS_AT + BLOCKS * sizeof(Block) == SHARED_BYTES,
               "shared memory");
 
 // ---- the copier ----
@@ -116,8 +116,9 @@ struct Copier {
                 if (lane == 0) blocks[turn % BLOCKS] = {piece, key, masked(piece, key), {0, 0}};
                 __syncwarp();
                 rows_to(base + K_AT + s * K_BYTES, &p.k, PANELS, key, valid - key, base + FULL_K + 8 * s);
-                barrier_wait(base + FREE_V + 8 * s, parity);
-                rows_to(base + V_AT + s * V_BYTES, &p.v, PANELS_V, key, valid - key, base + FULL_V + 8 * s);
+                const u32 v = turn % V_STAGES;
+                barrier_wait(base + FREE_V + 8 * v, turn / V_STAGES & 1 ^ 1);
+                rows_to(base + V_AT + v * V_BYTES, &p.v, PANELS_V, key, valid - key, base + FULL_V + 8 * v);
                 ++turn;
             }
         }
@@ -183,10 +184,10 @@ struct Consumer {
 
     // S and dP of a block, as one group.
     DEVICE void start_block(Pairs &s, Pairs &dp, u32 turn) {
-        const u32 stage = turn % STAGES;
-        start_pairs<HEAD_DIM>(s, base, base + K_AT + stage * K_BYTES);
-        barrier_wait(base + FULL_V + 8 * stage, turn / STAGES & 1);
-        start_pairs<HEAD_DIM_V>(dp, base + O_AT, base + V_AT + stage * V_BYTES);
+        start_pairs<HEAD_DIM>(s, base, base + K_AT + turn % STAGES * K_BYTES);
+        const u32 v = turn % V_STAGES;
+        barrier_wait(base + FULL_V + 8 * v, turn / V_STAGES & 1);
+        start_pairs<HEAD_DIM_V>(dp, base + O_AT, base + V_AT + v * V_BYTES);
         products_commit();
     }
 
@@ -289,7 +290,7 @@ struct Consumer {
             products_wait<1>();
             pin(s);
             pin(dp);
-            arrive(FREE_V + 8 * (turn % STAGES));
+            arrive(FREE_V + 8 * (turn % V_STAGES));
             differentiate(s, dp, block);
             products_wait<0>();
             pin(dq);
@@ -314,8 +315,10 @@ KERNEL(THREADS, 1) attention_backward_dq(PARAMS(MappedBackwardParams) p) {
         barrier_init(base + RAW, 1);
         UNROLL for (int i = 0; i < STAGES; ++i) {
             barrier_init(base + FULL_K + 8 * i, 1);
-            barrier_init(base + FULL_V + 8 * i, 1);
             barrier_init(base + FREE_K + 8 * i, 4 * GROUPS);
+        }
+        UNROLL for (int i = 0; i < V_STAGES; ++i) {
+            barrier_init(base + FULL_V + 8 * i, 1);
             barrier_init(base + FREE_V + 8 * i, 4 * GROUPS);
         }
         fence_proxy();

@@ -14,11 +14,10 @@
 
 struct Group {
     const BackwardParams &p;
-    const Block *blocks;
+    const unsigned char *memory;
     u32 base;
     int warp, lane;
-    Tile tile;
-    u32 kv;
+    u32 turn;
 
     DEVICE void arrive(u32 barrier) {
         __syncwarp();
@@ -26,10 +25,10 @@ struct Group {
     }
 
     DEVICE int row() { return 16 * warp + lane / 4; }
-    DEVICE u32 exchange(u32 turn) { return base + P_AT + turn % 2 * P_BYTES + threadIdx.x % 128 * 16; }
+    DEVICE u32 exchange() { return base + P_AT + turn % 2 * P_BYTES + threadIdx.x % 128 * 16; }
 
     // S^T becomes P^T as it weighs dout, and goes to the other group as it weighs dP^T.
-    DEVICE void probabilities(Pairs &s, const Block &block, const Score &score, u32 turn) {
+    DEVICE void probabilities(Pairs &s, const Block &block, const Tile &tile, const Score &score) {
         const int key = int(tile.row0) + row(), query = block.query + lane % 4 * 2;
         const u32 stats = base + STATS_AT + turn % STAGES * 2 * BLOCK_M * 4 + lane % 4 * 8;
 #if SOFTCAP
@@ -65,19 +64,19 @@ struct Group {
                 sent[e] = keep == 0.0f ? -sent[e] : sent[e];
 #endif
             }
-            store_shared4(exchange(turn) + j * 2048, __float_as_uint(sent[0]), __float_as_uint(sent[1]),
+            store_shared4(exchange() + j * 2048, __float_as_uint(sent[0]), __float_as_uint(sent[1]),
                           __float_as_uint(sent[2]), __float_as_uint(sent[3]));
         }
         arrive(FULL_P + 8 * (turn % 2));
     }
 
     // dP^T becomes dS^T.
-    DEVICE void differences(Pairs &dp, u32 turn) {
+    DEVICE void differences(Pairs &dp) {
         const u32 stats = base + STATS_AT + turn % STAGES * 2 * BLOCK_M * 4 + lane % 4 * 8;
         barrier_wait(base + FULL_P + 8 * (turn % 2), turn / 2 & 1);
         UNROLL for (int j = 0; j < BLOCK_M / 8; ++j) {
             const float2 delta = load_shared2(stats + BLOCK_M * 4 + 32 * j);
-            const float4 weight = load_shared4(exchange(turn) + j * 2048);
+            const float4 weight = load_shared4(exchange() + j * 2048);
             const float w[4] = {weight.x, weight.y, weight.z, weight.w};
             UNROLL for (int e = 0; e < 4; ++e) {
                 float x = dp[j][e], by = w[e];
@@ -91,80 +90,94 @@ struct Group {
         arrive(FREE_P + 8 * (turn % 2));
     }
 
-    DEVICE const Block *described(u32 turn) {
-        barrier_wait(base + FULL_Q + 8 * (turn % STAGES), turn / STAGES & 1);
-        const Block *block = blocks + turn % BLOCKS;
-        return block->flags & END ? nullptr : block;
+    DEVICE const Block &described() {
+        barrier_wait(base + FULL_Q + 8 * (turn % Q_STAGES), turn / Q_STAGES & 1);
+        return reinterpret_cast<const Block *>(memory + BLOCKS_AT)[turn % BLOCKS];
     }
-    DEVICE u32 queries(u32 turn) { return base + Q_AT + turn % STAGES * Q_BYTES; }
-    DEVICE u32 gradients(u32 turn) { return base + O_AT + turn % STAGES * O_BYTES; }
-    DEVICE void wait_gradients(u32 turn) { barrier_wait(base + FULL_O + 8 * (turn % STAGES), turn / STAGES & 1); }
-    DEVICE void wait_statistics(u32 turn) { barrier_wait(base + FULL_S + 8 * (turn % STAGES), turn / STAGES & 1); }
+    DEVICE u32 queries() { return base + Q_AT + turn % Q_STAGES * Q_BYTES; }
+    DEVICE u32 gradients() { return base + O_AT + turn % STAGES * O_BYTES; }
+    DEVICE void free_queries(u32 turn) { arrive(FREE_Q + 8 * (turn % Q_STAGES)); }
+    DEVICE void free_gradients(u32 turn) { arrive(FREE_O + 8 * (turn % STAGES)); }
+    DEVICE void wait_gradients() { barrier_wait(base + FULL_O + 8 * (turn % STAGES), turn / STAGES & 1); }
+    DEVICE void wait_statistics() { barrier_wait(base + FULL_S + 8 * (turn % STAGES), turn / STAGES & 1); }
 
-    DEVICE void values() {
-        float dv[HEAD_DIM_V / 8][4];
-        UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) dv[j][e] = 0.0f;
+    DEVICE void gather_values(float (&dv)[HEAD_DIM_V / 8][4], const Tile &tile) {
         Pairs s;
         Packed weights;
         Score score = score_of(p.problem, 0);
-        u32 turn = 0;
-        while (const Block *block = described(turn)) {
+        for (bool first = true, last = false; !last; ++turn, first = false) {
+            const Block &block = described();
+            last = block.flags & LAST;
 #if ALIBI
-            score = score_of(p.problem, block->head);
+            score = score_of(p.problem, block.head);
 #endif
-            start_pairs<HEAD_DIM>(s, base, queries(turn));
-            wait_statistics(turn);
+            start_pairs<HEAD_DIM>(s, base, queries());
+            products_wait<1>();  // dV of the block before: the sooner its rows are free, the sooner others are there
+            pin(dv);
+            pin(weights);
+            if (!first) free_gradients(turn - 1);
+            wait_statistics();
             products_wait<0>();
             pin(s);
-            pin(dv);
-            pin(weights);
-            arrive(FREE_Q + 8 * (turn % STAGES));
-            if (turn > 0) arrive(FREE_O + 8 * ((turn - 1) % STAGES));
-            probabilities(s, *block, score, turn);
+            free_queries(turn);
+            probabilities(s, block, tile, score);
             arrive(FREE_S + 8 * (turn % STAGES));
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
-            wait_gradients(turn);
+            wait_gradients();
             pin(dv);
             pin(weights);
-            start_gather<HEAD_DIM_V>(dv, weights, gradients(turn));
-            ++turn;
+            start_gather<HEAD_DIM_V>(dv, weights, gradients());
         }
         products_wait<0>();
         pin(dv);
-        const bool add = p.add & 2;
-        if (tile.count || !add)
-            store_gradient<HEAD_DIM_V>(p.dv, tile, kv, row(), dv, EXACT ? HEAD_DIM_V : p.problem.head_dim_v, 1.0f, add);
+        free_gradients(turn - 1);
     }
 
-    DEVICE void keys() {
-        float dk[HEAD_DIM / 8][4];
-        UNROLL for (int j = 0; j < HEAD_DIM / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) dk[j][e] = 0.0f;
+    DEVICE void gather_keys(float (&dk)[HEAD_DIM / 8][4]) {
         Pairs dp;
         Packed ds;
-        u32 turn = 0;
-        while (described(turn)) {
-            wait_gradients(turn);
-            start_pairs<HEAD_DIM_V>(dp, base + V_AT, gradients(turn));
-            wait_statistics(turn);
-            products_wait<0>();
-            pin(dp);
+        for (bool first = true, last = false; !last; ++turn, first = false) {
+            last = described().flags & LAST;
+            wait_gradients();
+            start_pairs<HEAD_DIM_V>(dp, base + V_AT, gradients());
+            products_wait<1>();
             pin(dk);
             pin(ds);
-            arrive(FREE_O + 8 * (turn % STAGES));
-            if (turn > 0) arrive(FREE_Q + 8 * ((turn - 1) % STAGES));
-            differences(dp, turn);
+            if (!first) free_queries(turn - 1);
+            wait_statistics();
+            products_wait<0>();
+            pin(dp);
+            free_gradients(turn);
+            differences(dp);
             arrive(FREE_S + 8 * (turn % STAGES));
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(ds[i], dp[2 * i], dp[2 * i + 1]);
             pin(dk);
             pin(ds);
-            start_gather<HEAD_DIM>(dk, ds, queries(turn));
-            ++turn;
+            start_gather<HEAD_DIM>(dk, ds, queries());
         }
         products_wait<0>();
         pin(dk);
-        const bool add = p.add & 1;
-        if (tile.count || !add)
-            store_gradient<HEAD_DIM>(p.dk, tile, kv, row(), dk, EXACT ? HEAD_DIM : p.problem.head_dim, p.problem.scale, add);
+        free_queries(turn - 1);
+    }
+
+    // Zeros, then what `gather` adds, then to memory or added there.
+    template <int N, typename F> DEVICE void run(const Tensor &into, int dim, float scale, bool add, F &&gather) {
+        each_tile(memory, base, lane, [&](const Work &work, u32 n) {
+            float sum[N / 8][4];
+            UNROLL for (int j = 0; j < N / 8; ++j) UNROLL for (int e = 0; e < 4; ++e) sum[j][e] = 0.0f;
+            barrier_wait(base + FULL_KV, n & 1);
+            if (work.state == BUSY) gather(sum, work.tile);
+            arrive(FREE_KV);
+            if (work.state == BUSY || !add) store_gradient<N>(into, work, row(), sum, dim, scale, add);
+        });
+    }
+    DEVICE void values() {
+        run<HEAD_DIM_V>(p.dv, EXACT ? HEAD_DIM_V : p.problem.head_dim_v, 1.0f, p.add & 2,
+                        [&](float (&dv)[HEAD_DIM_V / 8][4], const Tile &tile) { gather_values(dv, tile); });
+    }
+    DEVICE void keys() {
+        run<HEAD_DIM>(p.dk, EXACT ? HEAD_DIM : p.problem.head_dim, p.problem.scale, p.add & 1,
+                      [&](float (&dk)[HEAD_DIM / 8][4], const Tile &) { gather_keys(dk); });
     }
 };
 
@@ -174,16 +187,13 @@ KERNEL(THREADS, 1) attention_backward(PARAMS(MappedBackwardParams) p) {
     const int warp = uniform(threadIdx.x / WARP), group = warp / 4, lane = threadIdx.x % WARP;
     if (threadIdx.x == 0) init_barriers(base);
     barrier();
-    const Place where = place(p.call.problem, p.call.problem.kv_heads);
-    const Tile tile = reinterpret_cast<const Tile *>(p.call.problem.tiles)[where.tile];
     if (group == GROUPS) {
         registers_less<PRODUCER_REGISTERS>();
-        if (warp % 4 == 0) Copier{p, memory, base, lane, tile, where.head}.run();
-        if (warp % 4 == 1) read_statistics(p, base, tile, where.head, lane);
+        if (warp % 4 == 0) Copier{p, memory, base, lane}.run();
+        if (warp % 4 == 1) read_statistics(p, memory, base, lane);
     } else {
         registers_more<REGISTERS>();
-        barrier_wait(base + FULL_KV, 0);
-        Group of{p.call, reinterpret_cast<const Block *>(memory + BLOCKS_AT), base, warp % 4, lane, tile, where.head};
+        Group of{p.call, memory, base, warp % 4, lane};
         if (group == 0)
             of.values();
         else

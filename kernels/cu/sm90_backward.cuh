@@ -1,6 +1,7 @@
-// What the Hopper kernels for dK and dV share: parameters, the layout of shared memory, and the warps that bring data.
+// What the Hopper kernels for dK and dV share: parameters, the layout of shared memory, the warps that bring data.
 //
-// Macros: BLOCK_M queries and BLOCK_N keys of a block; STAGES; DQ; GRADIENT_F32. Head sizes are multiples of 64.
+// Macros: BLOCK_M queries and BLOCK_N keys of a block; STAGES (of dout), Q_STAGES; DQ; GRADIENT_F32. Head sizes are multiples
+// of 64.
 
 struct BackwardParams {
     Problem problem;
@@ -14,7 +15,8 @@ struct MappedBackwardParams {
     TensorMap q, k, v, dout;  // boxes of 64 columns; BLOCK_M or BLOCK_N rows
     TensorMap dq;             // boxes of 32 columns of f32, BLOCK_M rows
     BackwardParams call;
-    u64 unused[4];
+    u64 counter;  // u32 in device memory: 0, and 0 again when the kernel is done
+    u64 unused[3];
 };
 static_assert(sizeof(BackwardParams) == 416 && sizeof(MappedBackwardParams) == 1088, "layout");
 
@@ -26,15 +28,16 @@ constexpr u32 K_BYTES = PANELS * KEY_PANEL, V_BYTES = PANELS_V * KEY_PANEL;
 constexpr u32 Q_BYTES = PANELS * QUERY_PANEL, O_BYTES = PANELS_V * QUERY_PANEL;
 constexpr u32 DS_BYTES = BLOCK_M / 64 * KEY_PANEL;         // [64 queries a panel][key][query]
 constexpr u32 DQ_BOX = BLOCK_M * 128, DQ_BYTES = HEAD_DIM / 32 * DQ_BOX;  // [32 columns a box][query][column]
-constexpr u32 V_AT = K_BYTES, Q_AT = V_AT + V_BYTES, O_AT = Q_AT + STAGES * Q_BYTES, DS_AT = O_AT + STAGES * O_BYTES;
+constexpr u32 V_AT = K_BYTES, Q_AT = V_AT + V_BYTES, O_AT = Q_AT + Q_STAGES * Q_BYTES, DS_AT = O_AT + STAGES * O_BYTES;
 constexpr u32 DQ_AT = DS_AT + (DQ ? 2 * DS_BYTES : 0), P_AT = DQ_AT + (DQ ? DQ_BYTES : 0);
 constexpr u32 P_BYTES = BLOCK_M * 64 * 4;  // f32, in the order of accumulators; used where the groups share keys
 constexpr u32 STATS_AT = P_AT + (KEY_GROUPS < GROUPS ? 2 * P_BYTES : 0);
 constexpr u32 FULL_KV = STATS_AT + STAGES * 2 * BLOCK_M * 4, RAW = FULL_KV + 8, FULL_DQ = RAW + 8, FREE_DQ = FULL_DQ + 8;
 constexpr u32 FULL_P = FREE_DQ + 8, FREE_P = FULL_P + 16;
-constexpr u32 FULL_Q = FREE_P + 16, FULL_O = FULL_Q + 8 * STAGES, FULL_S = FULL_O + 8 * STAGES;
-constexpr u32 FREE_Q = FULL_S + 8 * STAGES, FREE_O = FREE_Q + 8 * STAGES, FREE_S = FREE_O + 8 * STAGES;
-constexpr u32 BLOCKS_AT = FULL_KV + 192;
+constexpr u32 FULL_Q = FREE_P + 16, FULL_O = FULL_Q + 8 * Q_STAGES, FULL_S = FULL_O + 8 * STAGES;
+constexpr u32 FREE_Q = FULL_S + 8 * STAGES, FREE_O = FREE_Q + 8 * Q_STAGES, FREE_S = FREE_O + 8 * STAGES;
+constexpr u32 FREE_KV = FREE_S + 8 * STAGES, FULL_W = FREE_KV + 8, FREE_W = FULL_W + 16;
+constexpr u32 FULL_DS = FREE_W + 16, FREE_DS = FULL_DS + 16, BLOCKS_AT = FULL_KV + 256;
 
 #if GRADIENT_F32
 typedef float Gradient;
@@ -44,16 +47,24 @@ typedef u16 Gradient;
 typedef float Pairs[BLOCK_M / 8][4];  // 64 keys x BLOCK_M queries of a group: key lane / 4 + 8 (e / 2), query 8 j + ...
 typedef u32 Packed[BLOCK_M / 16][4];
 
-enum : u32 { END = 1, MASKED = 2 /* << group */ };
+enum : u32 { LAST = 1 /* of a tile */, MASKED = 2 /* << group */ };
 struct Block {
     Piece piece;
     i32 query;
     u32 flags, head, unused;
 };
-static_assert(sizeof(Block) == 72, "layout");
-constexpr int BLOCKS = 4;  // more than STAGES
-static_assert(STAGES < BLOCKS && FREE_S + 8 * STAGES <= BLOCKS_AT && BLOCKS_AT + BLOCKS * sizeof(Block) == SHARED_BYTES,
-              "shared memory");
+constexpr int BLOCKS = 4;  // more than Q_STAGES
+
+// What the copier tells about a tile. EMPTY: no query sees its keys. DONE: there is none. `down`: queries descend.
+enum : u32 { BUSY, EMPTY, DONE };
+struct Work {
+    Tile tile;
+    u32 kv, state, down, unused;
+};
+constexpr int WORKS = 2;
+constexpr u32 WORKS_AT = BLOCKS_AT + BLOCKS * sizeof(Block);
+static_assert(sizeof(Block) == 72 && sizeof(Work) == 40 && Q_STAGES < BLOCKS, "layout");
+static_assert(FREE_DS + 16 <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
 
 // Local query heads of a KV head.
 struct Heads {
@@ -64,15 +75,36 @@ DEVICE Heads heads_of(const Problem &p, u32 kv) {
     return {u32(first > 0 ? first : 0), u32(past < int(p.heads) ? past : int(p.heads))};
 }
 
-// Calls `each` with head, piece and first query row of every block, in order.
-template <typename F> DEVICE void each_block(const Problem &p, const Tile &tile, u32 kv, F &&each) {
-    const Heads heads = heads_of(p, kv);
-    const Piece *pieces = reinterpret_cast<const Piece *>(p.pieces);
-    for (u32 head = heads.first; head < heads.past; ++head)
-        for (u32 i = tile.first; i < tile.first + tile.count; ++i) {
-            const Piece piece = pieces[i];
-            for (int query = piece.q0; query < piece.q1; query += BLOCK_M) each(head, piece, query);
-        }
+// Calls `each` with the tiles of this block and their numbers; every warp but the copier does.
+template <typename F> DEVICE void each_tile(const unsigned char *memory, u32 base, int lane, F &&each) {
+    const Work *works = reinterpret_cast<const Work *>(memory + WORKS_AT);
+    for (u32 n = 0;; ++n) {
+        const u32 slot = n % WORKS;
+        barrier_wait(base + FULL_W + 8 * slot, n / WORKS & 1);
+        if (works[slot].state == DONE) return;
+        each(works[slot], n);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + FREE_W + 8 * slot);
+    }
+}
+
+// Calls `each` with head, piece and first query row of every block of a tile, in order, and whether it is the last one.
+//
+// The blocks of the grid go through the queries in step, and so read the same ones at the same time: a first wave of tiles
+// begins at the last queries; with a causal mask its shorter tiles end earlier, and those of the second wave, which begin
+// there and ascend, are where the first wave would be if it turned. All end at the last queries, from where the third begins.
+template <typename F> DEVICE void each_block(const Problem &p, const Work &work, F &&each) {
+    if (work.state == EMPTY) return;
+    const Heads heads = heads_of(p, work.kv);
+    const Piece *pieces = reinterpret_cast<const Piece *>(p.pieces) + work.tile.first;
+    for (u32 left = work.tile.count; left > 0; --left) {
+        const Piece &piece = pieces[work.down ? left - 1 : work.tile.count - left];
+        const int step = work.down ? -BLOCK_M : BLOCK_M, blocks = (piece.q1 - piece.q0 + BLOCK_M - 1) / BLOCK_M;
+        int query = piece.q0 + (work.down ? (blocks - 1) * BLOCK_M : 0);
+        for (int block = blocks; block > 0; --block, query += step)
+            for (u32 head = heads.first; head < heads.past; ++head)
+                each(head, piece, query, left == 1 && block == 1 && head + 1 == heads.past);
+    }
 }
 
 // ---- the copier ----
@@ -82,18 +114,16 @@ struct Copier {
     unsigned char *memory;
     u32 base;
     int lane;
-    Tile tile;
-    u32 kv;
     u32 turn, tails;
 
     // One tile to shared memory; rows from `valid` on become 0. The barrier counts `bytes`.
-    template <int ROWS> DEVICE void tile_to(u32 to, const TensorMap *map, int panels, int row, u32 head, int valid, u32 full) {
+    template <int ROWS>
+    DEVICE void tile_to(u32 to, const TensorMap *map, int panels, int row, u32 head, u32 batch, int valid, u32 full) {
         const bool tail = valid < ROWS;
         const u32 arrived = tail ? base + RAW : full;
         if (lane == 0) {
             barrier_expect(arrived, panels * ROWS * 128);
-            for (int i = 0; i < panels; ++i)
-                copy_box(to + i * ROWS * 128, map, {64 * i, row, int(head), int(tile.batch)}, arrived);
+            for (int i = 0; i < panels; ++i) copy_box(to + i * ROWS * 128, map, {64 * i, row, int(head), int(batch)}, arrived);
         }
         if (!tail) return;
         barrier_wait(base + RAW, tails++ & 1);
@@ -104,60 +134,106 @@ struct Copier {
         if (lane == 0) barrier_arrive(full);
     }
 
-    DEVICE u32 masked(const Piece &piece, int query) {
+    DEVICE u32 masked(const Piece &piece, int key, int query) {
         u32 flags = 0;
         UNROLL for (int g = 0; g < KEY_GROUPS; ++g) {
-            const int first = tile.row0 + 64 * g, last = first + 63;
+            const int first = key + 64 * g, last = first + 63;
             if (first - (query + BLOCK_M - 1) < piece.lo || last - query > piece.hi || first < piece.k0 || last >= piece.k1)
                 flags |= MASKED << g;
         }
         return flags;
     }
 
-    DEVICE void run() {
-        tile_to<BLOCK_N>(base, &p.k, PANELS, tile.row0, kv, tile.rows, base + FULL_KV);
-        tile_to<BLOCK_N>(base + V_AT, &p.v, PANELS_V, tile.row0, kv, tile.rows, base + FULL_KV);
-        Block *blocks = reinterpret_cast<Block *>(memory + BLOCKS_AT);
-        each_block(p.call.problem, tile, kv, [&](u32 head, const Piece &piece, int query) {
-            const u32 s = turn % STAGES, parity = turn / STAGES & 1 ^ 1;
-            barrier_wait(base + FREE_Q + 8 * s, parity);
-            if (lane == 0) blocks[turn % BLOCKS] = {piece, query, masked(piece, query), head, 0};
+    // Keys and values of a tile, and what its blocks need.
+    DEVICE void load(const Work &work, u32 n) {
+        const int key = work.tile.row0, rows = work.tile.rows;
+        barrier_wait(base + FREE_KV, n & 1 ^ 1);
+        tile_to<BLOCK_N>(base, &p.k, PANELS, key, work.kv, work.tile.batch, rows, base + FULL_KV);
+        tile_to<BLOCK_N>(base + V_AT, &p.v, PANELS_V, key, work.kv, work.tile.batch, rows, base + FULL_KV);
+        constexpr int PIECE_WORDS = sizeof(Piece) / 4, BLOCK_WORDS = sizeof(Block) / 4;
+        u32 *blocks = reinterpret_cast<u32 *>(memory + BLOCKS_AT);
+        each_block(p.call.problem, work, [&](u32 head, const Piece &piece, int query, bool last) {
+            const u32 q = turn % Q_STAGES, s = turn % STAGES, batch = work.tile.batch;
+            const int valid = piece.q_end - query;
+            barrier_wait(base + FREE_Q + 8 * q, turn / Q_STAGES & 1 ^ 1);
+            const u32 flags = masked(piece, key, query) | (last ? LAST : 0);
+            if (lane < PIECE_WORDS + 3)
+                blocks[turn % BLOCKS * BLOCK_WORDS + lane] = lane < PIECE_WORDS        ? reinterpret_cast<const u32 *>(&piece)[lane]
+                                                             : lane == PIECE_WORDS     ? u32(query)
+                                                             : lane == PIECE_WORDS + 1 ? flags
+                                                                                       : head;
             __syncwarp();
-            tile_to<BLOCK_M>(base + Q_AT + s * Q_BYTES, &p.q, PANELS, query, head, piece.q_end - query, base + FULL_Q + 8 * s);
-            barrier_wait(base + FREE_O + 8 * s, parity);
-            tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, piece.q_end - query, base + FULL_O + 8 * s);
+            tile_to<BLOCK_M>(base + Q_AT + q * Q_BYTES, &p.q, PANELS, query, head, batch, valid, base + FULL_Q + 8 * q);
+            barrier_wait(base + FREE_O + 8 * s, turn / STAGES & 1 ^ 1);
+            tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, batch, valid, base + FULL_O + 8 * s);
             ++turn;
         });
-        const u32 s = turn % STAGES;
-        barrier_wait(base + FREE_Q + 8 * s, turn / STAGES & 1 ^ 1);
-        if (lane == 0) {
-            blocks[turn % BLOCKS].flags = END;
-            barrier_arrive(base + FULL_Q + 8 * s);
+    }
+
+    // Describes tile `index`, for all roles.
+    DEVICE const Work &plan(u32 index, u32 total, u32 n) {
+        constexpr int TILE_WORDS = sizeof(Tile) / 4;
+        const Problem &problem = p.call.problem;
+        const bool done = index >= total;
+        const Place where = done ? Place{0, 0} : place_of(problem, problem.kv_heads, index);
+        const Tile *tile = reinterpret_cast<const Tile *>(problem.tiles) + where.tile;
+        const Heads heads = heads_of(problem, where.head);
+        const u32 state = done ? DONE : tile->count == 0 || heads.first >= heads.past ? EMPTY : BUSY;
+        // Waves of as many tiles as there are blocks, alternately down and up.
+        const u32 section = problem.section, first = where.head / section * section;
+        const u32 heads_there = problem.kv_heads - first < section ? problem.kv_heads - first : section;
+        const u32 down = ~((tile->rank * heads_there + where.head - first) / gridDim.x) & 1;
+        const u32 own = lane == TILE_WORDS ? where.head : lane == TILE_WORDS + 1 ? state : down;
+        const u32 word = lane < TILE_WORDS ? reinterpret_cast<const u32 *>(tile)[lane] : own;
+        barrier_wait(base + FREE_W + 8 * (n % WORKS), n / WORKS & 1 ^ 1);
+        Work *work = reinterpret_cast<Work *>(memory + WORKS_AT) + n % WORKS;
+        if (lane < int(sizeof(Work) / 4)) reinterpret_cast<u32 *>(work)[lane] = word;
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + FULL_W + 8 * (n % WORKS));
+        return *work;
+    }
+
+    // Tiles from a common counter, longest first. One is taken when all blocks of the one before are on their way: earlier,
+    // and a block that is busy for long would keep it from one that is not.
+    DEVICE void run() {
+        const u32 total = p.call.problem.tile_count * p.call.problem.kv_heads;
+        u32 index = block_index();
+        for (u32 n = 0;; ++n) {
+            const Work &work = plan(index, total, n);
+            if (work.state == DONE) return;
+            load(work, n);
+            u32 taken = 0;
+            if (lane == 0) taken = take_number(reinterpret_cast<u32 *>(p.counter));
+            index = gridDim.x + uniform(taken);
+            // The last of all blocks to come here makes the counter 0 again.
+            if (lane == 0 && index == total + gridDim.x - 1) *reinterpret_cast<u32 *>(p.counter) = 0;
         }
     }
 };
 
 // ---- the reader: lse in log2 units, +inf where P must be 0; delta ----
 
-DEVICE void read_statistics(const MappedBackwardParams &p, u32 base, const Tile &tile, u32 kv, int lane) {
+DEVICE void read_statistics(const MappedBackwardParams &p, const unsigned char *memory, u32 base, int lane) {
     u32 turn = 0;
-    each_block(p.call.problem, tile, kv, [&](u32 head, const Piece &piece, int query) {
-        const u32 s = turn % STAGES;
-        float lse[BLOCK_M / WARP], delta[BLOCK_M / WARP];
-        UNROLL for (int i = 0; i < BLOCK_M / WARP; ++i) {
-            const int row = query + WARP * i + lane;
-            lse[i] = row < piece.q1 ? *at<const float>(p.call.lse, tile.batch, row, head) : -INFINITY_F;
-            delta[i] = row < piece.q1 ? *at<const float>(p.call.delta, tile.batch, row, head) : 0.0f;
-        }
-        barrier_wait(base + FREE_S + 8 * s, turn / STAGES & 1 ^ 1);
-        const u32 to = base + STATS_AT + (s * 2 * BLOCK_M + lane) * 4;
-        UNROLL for (int i = 0; i < BLOCK_M / WARP; ++i) {
-            store_shared(to + WARP * 4 * i, __float_as_uint(lse[i] == -INFINITY_F ? INFINITY_F : lse[i] * LOG2E));
-            store_shared(to + (BLOCK_M + WARP * i) * 4, __float_as_uint(delta[i]));
-        }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(base + FULL_S + 8 * s);
-        ++turn;
+    each_tile(memory, base, lane, [&](const Work &work, u32) {
+        each_block(p.call.problem, work, [&](u32 head, const Piece &piece, int query, bool) {
+            const u32 s = turn % STAGES;
+            float lse[BLOCK_M / WARP], delta[BLOCK_M / WARP];
+            UNROLL for (int i = 0; i < BLOCK_M / WARP; ++i) {
+                const int row = query + WARP * i + lane;
+                lse[i] = row < piece.q1 ? *at<const float>(p.call.lse, work.tile.batch, row, head) : -INFINITY_F;
+                delta[i] = row < piece.q1 ? *at<const float>(p.call.delta, work.tile.batch, row, head) : 0.0f;
+            }
+            barrier_wait(base + FREE_S + 8 * s, turn / STAGES & 1 ^ 1);
+            const u32 to = base + STATS_AT + (s * 2 * BLOCK_M + lane) * 4;
+            UNROLL for (int i = 0; i < BLOCK_M / WARP; ++i) {
+                store_shared(to + WARP * 4 * i, __float_as_uint(lse[i] == -INFINITY_F ? INFINITY_F : lse[i] * LOG2E));
+                store_shared(to + (BLOCK_M + WARP * i) * 4, __float_as_uint(delta[i]));
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + FULL_S + 8 * s);
+            ++turn;
+        });
     });
 }
 
@@ -191,40 +267,60 @@ template <int N> DEVICE void start_gather(float (&c)[N / 8][4], const Packed &a,
     products_commit();
 }
 
-template <int N> DEVICE void store_gradient(const Tensor &g, const Tile &tile, u32 kv, int row0, const float (&c)[N / 8][4], int dim, float scale, bool add) {
+// The same with a in shared memory, [key][query].
+template <int N> DEVICE void start_gather(float (&c)[N / 8][4], Operand a, u32 queries) {
+    const Operand b = along_rows(queries, QUERY_PANEL);
+    products_fence();
+    UNROLL for (int kk = 0; kk < BLOCK_M / 16; ++kk)
+        product<0, 1>(c, a.on(kk / 4 * KEY_PANEL + kk % 4 * 32), b.on(kk * 2048), true);
+    products_commit();
+}
+
+template <int N>
+DEVICE void store_gradient(const Tensor &g, const Work &work, int row0, const float (&c)[N / 8][4], int dim, float scale,
+                           bool add) {
+    const int quad = threadIdx.x % 4;
     UNROLL for (int half = 0; half < 2; ++half) {
-        const int row = row0 + 8 * half, column = threadIdx.x % 4 * 2;
-        if (row >= int(tile.rows)) continue;
-        Gradient *to = at<Gradient>(g, tile.batch, tile.row0 + row, kv) + column;
-        UNROLL for (int j = 0; j < N / 8; ++j) {
-            float x = c[j][2 * half] * scale, y = c[j][2 * half + 1] * scale;
-            const int left = dim - column - 8 * j;
+        const int row = row0 + 8 * half, left = row < int(work.tile.rows) ? dim : 0;
+        Gradient *to = at<Gradient>(g, work.tile.batch, work.tile.row0 + row, work.kv);
 #if GRADIENT_F32
-            float u = 0.0f, v = 0.0f;
-            if (add) load_pair(to + 8 * j, u, v, left);
-            x += u;
-            y += v;
-#endif
-            store_pair(to + 8 * j, x, y, left);
+        UNROLL for (int j = 0; j < N / 8; ++j) {
+            const int column = 8 * j + 2 * quad;
+            float x = 0.0f, y = 0.0f;
+            if (add) load_pair(to + column, x, y, left - column);
+            store_pair(to + column, c[j][2 * half] * scale + x, c[j][2 * half + 1] * scale + y, left - column);
         }
+#else
+        UNROLL for (int j = 0; j < N / 8; j += 4)
+            store_pairs(to + 8 * j, reinterpret_cast<const float(&)[4][4]>(c[j]), half, scale, quad, left - 8 * j);
+#endif
     }
 }
 
 // Barriers that all roles use; one thread calls it.
 DEVICE void init_barriers(u32 base) {
     barrier_init(base + FULL_KV, 2);
+    barrier_init(base + FREE_KV, 4 * GROUPS);
+    UNROLL for (int i = 0; i < WORKS; ++i) {
+        barrier_init(base + FULL_W + 8 * i, 1);
+        barrier_init(base + FREE_W + 8 * i, 4 * GROUPS + 1 + DQ);  // every warp but the copier
+    }
     barrier_init(base + RAW, 1);
     barrier_init(base + FULL_DQ, 4 * GROUPS);
     barrier_init(base + FREE_DQ, 1);
     UNROLL for (int i = 0; i < 2; ++i) {
+        barrier_init(base + FULL_DS + 8 * i, 4 * GROUPS);
+        barrier_init(base + FREE_DS + 8 * i, 4 * GROUPS);
         barrier_init(base + FULL_P + 8 * i, 4);
         barrier_init(base + FREE_P + 8 * i, 4);
     }
-    UNROLL for (int i = 0; i < STAGES; ++i) {
+    UNROLL for (int i = 0; i < Q_STAGES; ++i) {
         barrier_init(base + FULL_Q + 8 * i, 1);
+        barrier_init(base + FREE_Q + 8 * i, 4 * GROUPS);
+    }
+    UNROLL for (int i = 0; i < STAGES; ++i) {
         barrier_init(base + FULL_O + 8 * i, 1);
         barrier_init(base + FULL_S + 8 * i, 1);
-        barrier_init(base + FREE_Q + 8 * i, 4 * GROUPS);
         barrier_init(base + FREE_O + 8 * i, 4 * GROUPS);
         barrier_init(base + FREE_S + 8 * i, 4 * GROUPS);
     }

@@ -246,7 +246,7 @@ fn slice(line: &str) -> Outcome<Slice> {
 }
 
 fn tile_bytes(list: &WorkList) -> Vec<u8> {
-    let fields = list.tiles.iter().flat_map(|t| [t.batch, t.row0, t.rows, t.first, t.count, t.unused]);
+    let fields = list.tiles.iter().flat_map(|t| [t.batch, t.row0, t.rows, t.first, t.count, t.rank]);
     fields.flat_map(u32::to_le_bytes).collect()
 }
 

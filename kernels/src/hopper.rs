@@ -48,7 +48,9 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
     let wide = d.max(dv) > 128 || (!plain && spec.deterministic) || (many && d.max(dv) > 64);
     let queries = if d + dv == 128 && plain && !spec.deterministic { 128 } else { 64 };
     let dq = !wide && !spec.deterministic;
-    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq };
+    // Scores a block ahead, where registers allow it.
+    let ahead = !wide && queries == 64 && spec.dropout.is_none();
+    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq, ahead };
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
@@ -56,9 +58,11 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
         format!("BLOCK_M={}", tile.queries),
         format!("BLOCK_N={}", tile.keys),
         "STAGES=2".to_owned(),
+        format!("Q_STAGES={}", tile.q_stages()),
+        format!("AHEAD={}", u32::from(ahead)),
         format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
-    defines.extend(registers(GROUPS, !wide && !dq));
+    defines.extend(registers(GROUPS, queries == 64));
     Some(Specialization {
         source: if wide { Source::SM90_BACKWARD_WIDE } else { Source::SM90_BACKWARD },
         entries: &["attention_backward"],
@@ -84,13 +88,16 @@ pub(crate) fn backward_dq(spec: &Spec, target: Target, view: View) -> Option<Spe
         129..=192 => 64,
         _ => 48,
     };
+    // K of a block is in use until the next one's scores are there.
+    let [k_stages, v_stages] = if d.max(dv) > 192 && keys == 48 { [3, 1] } else { [3, 2] };
     let queries = tile_bytes(64 * GROUPS, d) + tile_bytes(64 * GROUPS, dv);
-    let bytes = queries + 2 * (tile_bytes(keys, d) + tile_bytes(keys, dv)) + 160 + 4 * 72;
+    let bytes = queries + k_stages * tile_bytes(keys, d) + v_stages * tile_bytes(keys, dv) + 160 + 4 * 72;
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
         format!("BLOCK_N={keys}"),
-        "STAGES=2".to_owned(),
+        format!("STAGES={k_stages}"),
+        format!("V_STAGES={v_stages}"),
         format!("SHARED_BYTES={bytes}"),
     ]);
     defines.extend(registers(GROUPS, false));
@@ -165,15 +172,20 @@ struct BackwardTile {
     keys: u32,
     queries: u32,
     dq: bool,
+    ahead: bool,
 }
 
 impl BackwardTile {
+    fn q_stages(&self) -> u32 {
+        if self.ahead { 3 } else { 2 }
+    }
+
     fn bytes(&self, d: u32, dv: u32) -> u32 {
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
-        let queries = tile_bytes(self.queries, d) + tile_bytes(self.queries, dv);
+        let queries = self.q_stages() * tile_bytes(self.queries, d) + 2 * tile_bytes(self.queries, dv);
         let (ds, sums) = (2 * tile_bytes(64 * GROUPS, self.queries), 4 * self.queries * d);
         let exchanged = if self.keys < 64 * GROUPS { 2 * 4 * 64 * self.queries } else { 0 };
-        let (statistics, barriers, descriptions) = (2 * 2 * self.queries * 4, 192, 4 * 72);
-        keys + 2 * queries + u32::from(self.dq) * (ds + sums) + exchanged + statistics + barriers + descriptions
+        let (statistics, barriers, descriptions) = (2 * 2 * self.queries * 4, 256, 4 * 72 + 2 * 40);
+        keys + queries + u32::from(self.dq) * (ds + sums) + exchanged + statistics + barriers + descriptions
     }
 }

@@ -31,8 +31,8 @@ pub struct Tile {
     pub first: u32,
     /// Number of pieces; 0 where no slice selects anything of the tile.
     pub count: u32,
-    /// Padding, 0.
-    pub unused: u32,
+    /// Its number within its section of batch rows.
+    pub rank: u32,
 }
 
 /// A band of pairs: query rows `q0..q1`, key rows `k0..k1`, with `lo <= c - r <= hi` for local rows `r` and `c` (counted from
@@ -214,8 +214,10 @@ pub struct MappedBackwardParams {
     pub maps: [TensorMap; 5],
     /// What the other kernels take.
     pub call: BackwardParams,
+    /// As [`MappedForwardParams::counter`], of `attention_backward`.
+    pub counter: u64,
     /// Padding, 0.
-    pub unused: [u64; 4],
+    pub unused: [u64; 3],
 }
 
 /// Parameter of `prepare_delta` and `prepare_dsinks`.

@@ -311,8 +311,8 @@ pub struct Section {
 }
 
 /// Sections of the forward (and the dq kernel) and of the backward for a cache of `cache` bytes on `units` multiprocessors:
-/// what the cache holds, but about two tiles a multiprocessor (backward: one), so that the longest tiles of the last section
-/// don't end long after the others. Where it can be, all sections have as many heads.
+/// what the cache holds, but about two tiles a multiprocessor (backward: one where a KV head has one query head), so that the
+/// longest tiles of the last section don't end long after the others. Where it can be, all sections have as many heads.
 pub fn sections(spec: &Spec, cache: usize, units: u32) -> [Section; 2] {
     let row = (spec.head_dim + spec.head_dim_v) * spec.dtype.size();
     let (keys, queries) = (spec.k_rows * row, spec.group * spec.q_rows * (row + 4 * spec.head_dim));
@@ -328,7 +328,8 @@ pub fn sections(spec: &Spec, cache: usize, units: u32) -> [Section; 2] {
             batches: (fit / all).clamp(1, spec.batch.max(1)) as u32,
         }
     };
-    [of(keys, spec.q_rows, spec.group, spec.heads, 2 * few), of(queries, spec.k_rows, 1, spec.kv_heads, few)]
+    let blocks = if spec.group > 1 { 2 * few } else { few };
+    [of(keys, spec.q_rows, spec.group, spec.heads, 2 * few), of(queries, spec.k_rows, 1, spec.kv_heads, blocks)]
 }
 
 fn head_sizes(backend: &'static str, spec: &Spec) -> Result<()> {

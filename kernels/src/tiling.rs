@@ -224,13 +224,17 @@ impl Builder {
     }
 
     fn finish(mut self, batches: u32) -> Result<WorkList> {
-        self.tiles.sort_by_key(|d| (d.tile.batch / batches.max(1), std::cmp::Reverse(d.pairs)));
-        let mut list = WorkList::default();
+        let section = |d: &Draft| d.tile.batch / batches.max(1);
+        self.tiles.sort_by_key(|d| (section(d), std::cmp::Reverse(d.pairs)));
+        let (mut list, mut now, mut rank) = (WorkList::default(), 0, 0);
         for draft in self.tiles {
+            rank = if section(&draft) == now { rank } else { 0 };
+            now = section(&draft);
             let too_many = || Error::invalid("slices", "they cut into more than 2^32 pieces");
             let first = u32::try_from(list.pieces.len()).map_err(|_| too_many())?;
             let count = u32::try_from(draft.pieces.len()).map_err(|_| too_many())?;
-            list.tiles.push(Tile { first, count, ..draft.tile });
+            list.tiles.push(Tile { first, count, rank, ..draft.tile });
+            rank += 1;
             list.pieces.extend(draft.pieces);
         }
         Ok(list)
@@ -396,8 +400,17 @@ mod tests {
         let spec = Spec::new(DType::Bf16, 1, [64, 64], [1, 1], 16);
         let slices = Slices::new(&spec, [Slice::full(0, 0..64, 0..64)]).expect("valid");
         let list = WorkList::by_keys(&spec, &slices, 128, 2).expect("valid");
-        assert_eq!(list.tiles, [Tile { batch: 0, row0: 0, rows: 64, first: 0, count: 1, unused: 0 }]);
+        assert_eq!(list.tiles, [Tile { batch: 0, row0: 0, rows: 64, first: 0, count: 1, rank: 0 }]);
         assert!(list.pieces[0].lo < -64 && list.pieces[0].hi > 64);
+    }
+
+    #[test]
+    fn tiles_are_numbered_in_their_section_of_batch_rows() {
+        let spec = Spec::new(DType::Bf16, 3, [256, 256], [1, 1], 16);
+        let slices = Slices::new(&spec, (0..3).map(|batch| Slice::full(batch, 0..256, 0..256))).expect("valid");
+        let list = WorkList::by_keys(&spec, &slices, 128, 2).expect("valid");
+        let ranks: Vec<_> = list.tiles.iter().map(|t| t.rank).collect();
+        assert_eq!(ranks, [0, 1, 2, 3, 0, 1]);
     }
 
     #[test]

@@ -80,23 +80,28 @@ impl GpuAttention {
     fn backward_main(
         &self,
         on: &GpuStream,
-        of: &Specialization,
+        (plan, of): (&GpuPlan, &Specialization),
         args: &Backward<'_, GpuDevice>,
         params: &BackwardParams,
         dq: Option<&Strided>,
     ) -> Result<()> {
-        let blocks = params.problem.tile_count as usize * params.problem.kv_heads as usize;
-        self.launch_backward(on, (of, 0, blocks), args, params, dq)
+        let tiles = params.problem.tile_count as usize * params.problem.kv_heads as usize;
+        if of.box_rows == 0 {
+            return self.launch_backward(on, (of, 0, tiles), args, params, (dq, 0));
+        }
+        // Resident blocks take tiles by themselves.
+        let blocks = tiles.min(self.device.context().figures.units as usize);
+        self.launch_backward(on, (of, 0, blocks), args, params, (dq, plan.counter()))
     }
 
-    /// Entry `entry` of a backward kernel with so many blocks; `dq` is to be mapped.
+    /// Entry `entry` of a backward kernel with so many blocks; `dq` is to be mapped, `counter` is its tiles'.
     fn launch_backward(
         &self,
         on: &GpuStream,
         (of, entry, blocks): (&Specialization, usize, usize),
         args: &Backward<'_, GpuDevice>,
         params: &BackwardParams,
-        dq: Option<&Strided>,
+        (dq, counter): (Option<&Strided>, Address),
     ) -> Result<()> {
         let (kernel, grid) = (self.device.context().kernel(of)?, Grid { x: blocks, y: 1 });
         if of.box_rows == 0 {
@@ -112,8 +117,12 @@ impl GpuAttention {
             (params.dout.ptr, args.dout.at(), queries),
         ])?;
         let [dq] = dq.map_or(Ok([TensorMap::default()]), |at| self.maps([(params.dq.ptr, at, of.box_rows)]))?;
-        let params =
-            MappedBackwardParams { maps: [q, k, v, dout, dq], call: *params, ..MappedBackwardParams::default() };
+        let params = MappedBackwardParams {
+            maps: [q, k, v, dout, dq],
+            call: *params,
+            counter,
+            ..MappedBackwardParams::default()
+        };
         kernel.launch(on, entry, grid, &params)
     }
 
@@ -299,7 +308,7 @@ impl Attention<GpuDevice> for GpuAttention {
         let main = self.kernels(spec, &inputs)?.backward;
         if !main.adds_dq() {
             params.problem = problem(on, spec, plan.backward.of(main.rows)?, &args.extras)?;
-            self.backward_main(on, &main, args, &params, None)?;
+            self.backward_main(on, (plan, &main), args, &params, None)?;
             let of_dq = with(args.dq.into.at())?.dq;
             let tiles = plan.dq.of(of_dq.rows)?;
             params.problem = problem(on, spec, tiles, &args.extras)?;
@@ -307,13 +316,13 @@ impl Attention<GpuDevice> for GpuAttention {
             params.add = flag(&args.dq, BackwardParams::ADD_DQ);
             let entry = of_dq.entries.iter().position(|e| *e == "attention_backward_dq").unwrap_or(0);
             let blocks = tiles.count as usize * spec.heads;
-            return self.launch_backward(on, (&of_dq, entry, blocks), args, &params, None);
+            return self.launch_backward(on, (&of_dq, entry, blocks), args, &params, (None, 0));
         }
         let (address, at) = self.atomic_dq(on, spec, args)?;
         params.dq = tensor(address, &at);
         let kernel = with(&at)?.backward;
         params.problem = problem(on, spec, plan.backward.of(kernel.rows)?, &args.extras)?;
-        self.backward_main(on, &kernel, args, &params, Some(&at))?;
+        self.backward_main(on, (plan, &kernel), args, &params, Some(&at))?;
         if args.dq.into.dtype() != DType::F32 {
             let into = (address_mut(on, &args.dq.into)?, args.dq.into.at());
             self.add(on, into, &[params.dq])?;
