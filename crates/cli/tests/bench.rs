@@ -198,3 +198,26 @@ fn the_cache_and_doctor_need_no_gpu() {
     let said = longspan(&["doctor", "--probe", "nothing"]);
     assert_eq!(said.code, Some(2), "{said:?}");
 }
+
+/// The trace is of the last row: a step, forward and backward of every rank.
+#[test]
+fn a_trace_is_of_the_last_step() {
+    let results = Results::new();
+    let trace = results.folder.path().join("t.json");
+    let words = format!(
+        "{TINY} --seq 64 --ulysses 2 --ring 2 --mask causal --layout zigzag --backward --trace {}",
+        text(&trace)
+    );
+    results.measured(&words);
+    let trace: Value = serde_json::from_slice(&std::fs::read(&trace).expect("written")).expect("JSON");
+    assert!(trace["otherData"]["run"].as_str().is_some_and(|run| run.starts_with("bench, step")), "{trace}");
+    let events = trace["traceEvents"].as_array().expect("a list");
+    for pass in ["forward", "backward"] {
+        let attention = format!("attention {pass}, step");
+        let of = |rank: u64| {
+            let named = |e: &&Value| e["name"].as_str().is_some_and(|name| name.starts_with(&attention));
+            events.iter().filter(named).filter(|e| e["pid"].as_u64() == Some(rank)).count()
+        };
+        assert_eq!([0, 1, 2, 3].map(of), [2; 4], "{pass}: two ring steps on each rank");
+    }
+}
