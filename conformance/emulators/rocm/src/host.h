@@ -323,6 +323,7 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     u32 x, y, z, w;
 };
+typedef uint4 Words4;
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
