@@ -17,6 +17,7 @@ pub fn cases<B: Backend>(seed: u64) -> Vec<Case<B>> {
         cases.extend(stages(dtype).into_iter().map(|(name, c)| case(&name, c)));
         cases.extend(head_dims(dtype).into_iter().map(|(name, c)| case(&name, c)));
         cases.extend(heads(dtype).into_iter().map(|(name, c)| case(&name, c)));
+        cases.extend(outliers(dtype).into_iter().map(|(name, c)| case(&name, c)));
     }
     let mut random = Random::new(seed);
     for i in 0..400 {
@@ -148,6 +149,16 @@ fn heads(dtype: DType) -> Vec<Named> {
     let slices = slices::full(&spec);
     list.push(("heads-spare-kv".into(), Config::new(spec, slices)));
     list
+}
+
+/// A few numbers far from the others, as in trained models.
+fn outliers(dtype: DType) -> Vec<Named> {
+    let of = |d: usize| {
+        let spec = Spec::new(dtype, 1, [300, 300], [4, 2], d);
+        let slices = slices::causal(&spec);
+        (format!("outliers-{d}"), Config { outliers: true, ..Config::new(spec, slices) })
+    };
+    vec![of(64), of(128)]
 }
 
 /// Any configuration.

@@ -7,7 +7,7 @@ use longspan_hal::{
 use ndarray::{Array4, Axis, s};
 
 use crate::bound::{Judge, Judged, judge_sinks};
-use crate::host::{Random, random_strided};
+use crate::host::{Random, random_strided, round};
 use crate::oracle::{self, Answers, Incoming, Problem, What};
 use crate::rank::{Buffer, Failure, Rank, Tensor, check};
 
@@ -50,12 +50,22 @@ pub struct Config {
     pub gradients: Gradients,
     /// Whether the log-sum has a gradient.
     pub dlse: bool,
+    /// Whether one element of q, k and v in a thousand has N(0, 100) added (Shah et al., FlashAttention-3, 2024, section 4.3).
+    pub outliers: bool,
 }
 
 impl Config {
     /// Dense BSHD, one call, narrow gradients.
     pub fn new(spec: Spec, slices: Vec<Slice>) -> Self {
-        Self { spec, slices, memory: Memory::Bshd, pieces: 1, gradients: Gradients::Narrow, dlse: false }
+        Self {
+            spec,
+            slices,
+            memory: Memory::Bshd,
+            pieces: 1,
+            gradients: Gradients::Narrow,
+            dlse: false,
+            outliers: false,
+        }
     }
 
     /// Sets what follows: `partial` and `accumulate`.
@@ -161,9 +171,16 @@ impl Values {
     /// Random values for `config`.
     pub fn random(config: &Config, random: &mut Random) -> Self {
         let s = &config.spec;
-        let q = random.tensor(s.dtype, [s.batch, s.q_rows, s.heads, s.head_dim]);
-        let k = random.tensor(s.dtype, [s.batch, s.k_rows, s.kv_heads, s.head_dim]);
-        let v = random.tensor(s.dtype, [s.batch, s.k_rows, s.kv_heads, s.head_dim_v]);
+        let mut q = random.tensor(s.dtype, [s.batch, s.q_rows, s.heads, s.head_dim]);
+        let mut k = random.tensor(s.dtype, [s.batch, s.k_rows, s.kv_heads, s.head_dim]);
+        let mut v = random.tensor(s.dtype, [s.batch, s.k_rows, s.kv_heads, s.head_dim_v]);
+        if config.outliers {
+            for x in [&mut q, &mut k, &mut v].into_iter().flatten() {
+                if random.one_in(1000) {
+                    *x = round(s.dtype, *x + 10.0 * random.normal());
+                }
+            }
+        }
         let dout = random.tensor(s.dtype, [s.batch, s.q_rows, s.heads, s.head_dim_v]);
         let dlse = random.tensor(DType::F32, [s.batch, s.q_rows, s.heads, 1]).remove_axis(Axis(3));
         let slopes = (0..s.heads_total).map(|h| 2f32.powf(-8.0 * (h + 1) as f32 / s.heads_total as f32)).collect();
