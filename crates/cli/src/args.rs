@@ -210,7 +210,7 @@ pub struct Bench {
     /// Write the results as one page with pictures to this file
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
-    /// Write what every rank did when in the last row, for https://ui.perfetto.dev, to this file
+    /// Write what every rank did when in the last row, for ui.perfetto.dev, to this file
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// What is computed.
