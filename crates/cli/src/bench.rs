@@ -34,9 +34,7 @@ use crate::{backends, output, progress, trace};
 pub fn bench(args: &Bench) -> Result<()> {
     backends::check(&args.backend)?;
     backends::choose(&args.backend, args.exchange, args.kernel)?;
-    for path in [&args.json, &args.html, &args.trace].into_iter().flatten() {
-        output::check(path, None)?;
-    }
+    output::check_all(&[&args.json, &args.html, &args.trace], None)?;
     let cases = cases::list(args)?;
     let bar = progress::bar("measuring");
     bar.set_length(cases.len() as u64);

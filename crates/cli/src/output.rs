@@ -69,6 +69,21 @@ pub fn check(output: &Path, input: Option<&Path>) -> Result<()> {
     }
 }
 
+/// [`check`]s every output of a command, and that no two are one.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_all(outputs: &[&Option<PathBuf>], input: Option<&Path>) -> Result<()> {
+    let outputs: Vec<&PathBuf> = outputs.iter().copied().flatten().collect();
+    for (i, path) in outputs.iter().enumerate() {
+        check(path, input)?;
+        if outputs[..i].iter().any(|other| same_place(other, path)) {
+            return Err(Failure::input(format!("output {}", path.display()), "is named twice; choose two names"));
+        }
+    }
+    Ok(())
+}
+
 /// Writes `entries` to `output`, replacing what is there.
 ///
 /// # Errors
@@ -87,7 +102,7 @@ pub fn write_text(output: &Path, text: &str) -> Result<()> {
 }
 
 /// Whether two paths, of which neither need exist, name one place in one folder.
-pub fn same_place(a: &Path, b: &Path) -> bool {
+fn same_place(a: &Path, b: &Path) -> bool {
     a.file_name() == b.file_name() && same_file(&folder(a), &folder(b)) || same_file(a, b)
 }
 

@@ -3,11 +3,10 @@
 //! Nothing is written before every check that needs no run has passed, and the output is written only if the verification,
 //! where asked for, holds.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::args::Run;
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::job::Job;
 use crate::picture::timeline;
 use crate::processes::together;
@@ -56,7 +55,7 @@ fn recorded(args: &Run) -> bool {
 /// Every check that needs no run.
 fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
     if processes.is_none_or(processes::Job::leads) {
-        check_outputs(args)?;
+        output::check_all(&[&args.output, &args.trace, &args.timeline], args.source.input.as_deref())?;
     }
     let job = Job::new(args)?;
     if let Some(processes) = processes {
@@ -82,18 +81,6 @@ fn tell(args: &Run, job: &Job, results: Results, took: Duration) -> Result<()> {
         say(&format!("\nWrote {} to {}\n", names.join(", "), path.display()))?;
     }
     pictures(args, job, results)
-}
-
-/// Checks every output, and that no two are one.
-fn check_outputs(args: &Run) -> Result<()> {
-    let outputs: Vec<&PathBuf> = [&args.output, &args.trace, &args.timeline].into_iter().flatten().collect();
-    for (i, path) in outputs.iter().enumerate() {
-        output::check(path, args.source.input.as_deref())?;
-        if outputs[..i].iter().any(|other| output::same_place(other, path)) {
-            return Err(Failure::input(format!("output {}", path.display()), "is named twice; choose two names"));
-        }
-    }
-    Ok(())
 }
 
 /// Writes the trace and the timeline, where they are wanted.

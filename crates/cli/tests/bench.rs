@@ -221,3 +221,12 @@ fn a_trace_is_of_the_last_step() {
         assert_eq!([0, 1, 2, 3].map(of), [2; 4], "{pass}: two ring steps on each rank");
     }
 }
+
+#[test]
+fn outputs_have_names_of_their_own() {
+    let results = Results::new();
+    let said = results.bench(&format!("{TINY} --seq 16 --trace {}", text(&results.json)));
+    assert_eq!(said.code, Some(2), "{said:?}");
+    assert!(said.stderr.contains("is named twice"), "{said:?}");
+    assert!(results.is_empty(), "nothing is left behind");
+}
