@@ -11,6 +11,7 @@
 //! deterministic mode a second one over query tiles.
 
 mod amd;
+mod flash2;
 mod hopper;
 pub mod params;
 pub mod source;
