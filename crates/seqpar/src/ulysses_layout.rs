@@ -35,6 +35,11 @@ impl Kind {
         }
     }
 
+    /// Whether ranks bring f32 contributions to the same heads, which are summed at home: only gradients of replicated KV heads.
+    fn summed(&self, plan: &Plan) -> bool {
+        plan.cut.replicates() && matches!(self.which, Which::Kv)
+    }
+
     /// This rank's heads in group `g`.
     pub fn heads<'a>(&self, plan: &'a Plan, g: usize) -> &'a Range<usize> {
         self.which.of(plan.cut.of(g, plan.at.ulysses as usize))
@@ -120,14 +125,9 @@ impl Gathering {
             })
             .collect::<Result<Vec<_>>>()?;
         let mut sums = Vec::new();
-        if backward && plan.cut.replicates() {
-            for k in &outputs[1..] {
-                sums.push(arena.take(
-                    Place::Buffer,
-                    DType::F32,
-                    [batch, local_rows(plan, *k), k.heads_total(plan), k.dim],
-                )?);
-            }
+        for k in outputs.iter().filter(|k| k.summed(plan)) {
+            let extent = [batch, local_rows(plan, *k), k.heads_total(plan), k.dim];
+            sums.push(arena.take(Place::Buffer, DType::F32, extent)?);
         }
         let joint = if plan.problem.joint > 0 { Some(joint(plan, &outputs, backward, arena)?) } else { None };
         let gather =
@@ -209,9 +209,8 @@ fn gather(plan: &Plan, g: usize, kinds: &[Kind], blocks: &[Region]) -> Result<Me
 fn give_back(plan: &Plan, g: usize, kinds: &[Kind], packed: &[Region]) -> Result<Messages> {
     let mut messages = Messages::default();
     let batch = plan.problem.batch;
-    let summed = |kind: &Kind| plan.cut.replicates() && matches!(kind.which, Which::Kv);
     for (u, at, peer) in peers(plan) {
-        for (i, kind) in kinds.iter().enumerate().filter(|(_, kind)| at != plan.at || summed(kind)) {
+        for (i, kind) in kinds.iter().enumerate().filter(|(_, kind)| at != plan.at || kind.summed(plan)) {
             let mine = kind.heads(plan, g).len();
             for Segment { block, .. } in kind.rows(plan).segments(at) {
                 messages.sends.push(Send {
