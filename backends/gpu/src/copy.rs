@@ -4,11 +4,11 @@
 //! form(from, to):  grow the run of bytes that is contiguous on both sides by every axis that continues it;
 //!                  merge axes that continue each other on both sides
 //! no axis left     -> one plain copy
-//! few rows or axes -> rows with a pitch, by a copy engine (to another device, to and from the host)
+//! few axes         -> rows with a pitch, by a copy engine (to another device, to and from the host)
 //! otherwise        -> the `copy_strided` kernel, in units of up to 16 bytes
 //! ```
 //!
-//! On one device a kernel copies rows: copy engines are slow there.
+//! On one device a kernel copies rows: drivers use one of theirs there, not an engine.
 
 use longspan_hal::{Error, Result, Strided};
 use longspan_kernels::Specialization;
