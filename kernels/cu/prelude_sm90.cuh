@@ -72,8 +72,9 @@ DEVICE void store_matrices(u32 at, const u32 (&r)[4]) {
                  "r"(r[3])
                  : "memory");
 }
-DEVICE void store_shared_if(bool there, u32 at, float x) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.shared.f32 [%0], %1; }" ::"r"(at), "f"(x), "r"(int(there))
+DEVICE void store_shared2_if(bool there, u32 at, float x, float y) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.shared.v2.f32 [%0], {%1, %2}; }" ::"r"(at), "f"(x), "f"(y),
+                 "r"(int(there))
                  : "memory");
 }
 DEVICE float2 load_shared2(u32 at) {

@@ -10,7 +10,7 @@
 //     consumers (2 warpgroups, 64 keys each)     for each block n, whose P^T is there
 //         dP^T = V dout^T and dV += P^T dout are started
 //         dS^T = P^T (dP^T - delta), under dV; to shared memory
-//         S^T = K Q^T of block n + 1, dQ^T = K^T dS^T of block n - 1 (each group a half of it) and dK += dS^T Q are started
+//         S^T = K Q^T of block n + 1, dQ = dS K of block n - 1 (each group a half of it) and dK += dS^T Q are started
 //         P^T = exp2(S^T - lse) of block n + 1, 0 outside the band, under those
 //         dQ of block n - 1 goes to shared memory for the adder
 //     write or add dK and dV
@@ -20,7 +20,10 @@
 //
 // Rows of Q, dout, K, V past a piece or tile may hold anything: the copier zeroes them. (Shah et al., FlashAttention-3, 2024.)
 //
-// Macros: those of sm90_backward.cuh (BLOCK_M: 64, or 128 for small heads; BLOCK_N: 128), AHEAD, REGISTERS,
+// With DQ_QUADS the sums of dQ lack the scale, and the quads of every 32 columns lie in the order 0 2 4 6 1 3 5 7, in which a
+// warp's words of dQ are in different banks: sm90_attention_backward_round.cu mends both.
+//
+// Macros: those of sm90_backward.cuh (BLOCK_M: 64, or 128 for small heads; BLOCK_N: 128), AHEAD, DQ_QUADS, REGISTERS,
 // PRODUCER_REGISTERS.
 
 // ---- the adder ----
@@ -153,29 +156,30 @@ struct Consumer {
     }
 
 #if DQ
-    // This group's part of dQ^T = K^T dS^T: 64 columns of the head; of a head of 64, half of the queries.
-    static constexpr int DQ_QUERIES = HEAD_DIM == 64 ? BLOCK_M / 2 : BLOCK_M;
-    typedef float DQuery[DQ_QUERIES / 8][4];
+    // This group's part of dQ = dS K: half of the head's columns, or of 128 queries.
+    static constexpr bool BY_QUERIES = BLOCK_M == 128;
+    static constexpr int DQ_COLUMNS = BY_QUERIES ? HEAD_DIM : HEAD_DIM / 2;
+    typedef float DQuery[DQ_COLUMNS / 8][4];
 
     DEVICE void start_dq(DQuery &dq, u32 turn) {
-        const u32 ds = ds_of(turn);
-        const u32 query = HEAD_DIM == 64 ? group * DQ_QUERIES : 0;
-        const Operand a = along_rows(base + (HEAD_DIM == 64 ? 0 : group * KEY_PANEL), KEY_PANEL);
-        const Operand b = along_rows(ds + query / 64 * KEY_PANEL + query % 64 * 2, KEY_PANEL);
+        const u32 column = BY_QUERIES ? 0 : group * DQ_COLUMNS;
+        const Operand a = along_rows(ds_of(turn) + (BY_QUERIES ? group * KEY_PANEL : 0), KEY_PANEL);
+        const Operand b = along_rows(base + column / 64 * KEY_PANEL + column % 64 * 2, KEY_PANEL);
         products_fence();
         UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk)
             product<1, 1>(dq, a.on(kk * 2048), b.on(kk * 2048), kk > 0);
         products_commit();
     }
 
-    // Words of a warp's store lie in different banks: 4 rows, in each 8 columns, permuted by the row. (Predicated, since the
-    // compiler serialises the products where a branch reads accumulators.)
-    DEVICE void store_dq(const DQuery &dq, int e, bool there) {
-        const int lane = here(), row = (HEAD_DIM == 64 ? group * DQ_QUERIES : 0) + lane % 4 * 2 + e % 2;
-        const int column = (HEAD_DIM == 64 ? 0 : 64 * group) + 16 * warp + lane / 4 + 8 * (e / 2);
-        const u32 unit = u32(column % 32 / 4) ^ u32(row % 8);
-        const u32 to = base + DQ_AT + column / 32 * DQ_BOX + row * 128 + unit * 16 + column % 4 * 4;
-        UNROLL for (int j = 0; j < DQ_QUERIES / 8; ++j) store_shared_if(there, to + 1024 * j, dq[j][e] * p.problem.scale);
+    // Half of the rows. (Predicated, since the compiler serialises the products where a branch reads accumulators.)
+    DEVICE void store_dq(const DQuery &dq, int half, bool there) {
+        const int lane = here(), quad = lane % 4, row = (BY_QUERIES ? 64 * group : 0) + 16 * warp + lane / 4 + 8 * half;
+        const u32 to = base + DQ_AT + (BY_QUERIES ? 0 : group * DQ_COLUMNS / 32 * DQ_BOX) + row * 128 + quad % 2 * 8;
+        const float scale = DQ_QUADS ? 1.0f : p.problem.scale;
+        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j) {
+            const u32 unit = u32(DQ_QUADS ? quad / 2 * 4 + j % 4 : j % 4 * 2 + quad / 2) ^ u32(lane / 4);
+            store_shared2_if(there, to + j / 4 * DQ_BOX + unit * 16, dq[j][2 * half] * scale, dq[j][2 * half + 1] * scale);
+        }
     }
 #endif
 
@@ -311,9 +315,9 @@ struct Consumer {
             if (there) wait_store(of);
             products_wait<1>();
             pin(dq);
-            UNROLL for (int e = 0; e < 4; ++e) {
-                if (MIXED) exponentials(s, statistics(turn + 1), (4 + e) * BLOCK_M / 64, (5 + e) * BLOCK_M / 64);
-                store_dq(dq, e, there);
+            UNROLL for (int half = 0; half < 2; ++half) {
+                if (MIXED) exponentials(s, statistics(turn + 1), (2 + half) * BLOCK_M / 32, (3 + half) * BLOCK_M / 32);
+                store_dq(dq, half, there);
             }
             if (there) stored(of);
 #endif
@@ -331,7 +335,7 @@ struct Consumer {
             products_wait<0>();
             pin(dq);
             wait_store(turn - 1);
-            UNROLL for (int e = 0; e < 4; ++e) store_dq(dq, e, true);
+            UNROLL for (int half = 0; half < 2; ++half) store_dq(dq, half, true);
             stored(turn - 1);
         }
 #endif

@@ -60,6 +60,7 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
         "STAGES=2".to_owned(),
         format!("Q_STAGES={}", tile.q_stages()),
         format!("AHEAD={}", u32::from(ahead)),
+        format!("DQ_QUADS={}", u32::from(dq && spec.head_dim.is_multiple_of(32) && spec.scale.is_normal())),
         format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
     defines.extend(registers(GROUPS, queries == 64));
