@@ -142,6 +142,8 @@ struct Operand {
     DEVICE u64 word() const { return u64(high) << 32 | low; }
 };
 DEVICE Operand along_columns(u32 at) { return {opaque(at >> 4 & 0x3fff), 1024 >> 4 | 1u << 30}; }
+// Rows of 16 columns without swizzle: [8 of them][row][8 columns], the second `half` bytes on.
+DEVICE Operand along_narrow(u32 at, u32 half) { return {opaque(at >> 4 & 0x3fff | half >> 4 << 16), 128 >> 4}; }
 DEVICE Operand along_rows(u32 at, u32 panel) { return {opaque(at >> 4 & 0x3fff | panel >> 4 << 16), 1024 >> 4 | 1u << 30}; }
 
 // product<TA, TB>(c, a, b, add): C = A B (+ C) for 16 of k. A: 4 registers or an operand; TA, TB: 1 for `along rows`.

@@ -63,6 +63,7 @@ struct Consumer {
 #endif
     u32 head;
     u32 turn;
+    Parts parts;
 
     DEVICE void use_head(u32 of) {
         if (of == head) return;
@@ -112,7 +113,7 @@ struct Consumer {
     // Of columns 8 first.. to 8 past.
     DEVICE void exponentials(Pairs &s, u32 stats, int first, int past) {
         UNROLL for (int j = first; j < past; ++j) {
-            const float2 lse = load_shared2(stats + 32 * j);
+            const float2 lse = FOLD ? float2{} : load_shared2(stats + 32 * j);
             UNROLL for (int e = 0; e < 4; ++e) s[j][e] = exp2_fast(s[j][e] * score.unit - (e % 2 ? lse.y : lse.x));
         }
     }
@@ -133,7 +134,7 @@ struct Consumer {
     // dP^T becomes dS^T.
     DEVICE void differences(Pairs &dp, const Pairs &s, u32 stats) {
         UNROLL for (int j = 0; j < BLOCK_M / 8; ++j) {
-            const float2 delta = load_shared2(stats + BLOCK_M * 4 + 32 * j);
+            const float2 delta = FOLD ? float2{} : load_shared2(stats + STATISTIC + 32 * j);
             UNROLL for (int e = 0; e < 4; ++e) {
                 float x = dp[j][e], by = s[j][e];
 #if DROPOUT
@@ -212,23 +213,30 @@ struct Consumer {
 
     DEVICE const Block &block(u32 turn) { return reinterpret_cast<const Block *>(memory + BLOCKS_AT)[turn % BLOCKS]; }
     DEVICE u32 queries(u32 turn) { return base + Q_AT + turn % Q_STAGES * Q_BYTES; }
-    DEVICE u32 statistics(u32 turn) { return base + STATS_AT + turn % STAGES * 2 * BLOCK_M * 4 + here() % 4 * 8; }
-    DEVICE void wait_queries(u32 turn) { barrier_wait(base + FULL_Q + 8 * (turn % Q_STAGES), turn / Q_STAGES & 1); }
-    DEVICE void start_scores(Pairs &s, u32 turn) { start_pairs<HEAD_DIM>(s, base + group * 8192, queries(turn)); }
+    DEVICE u32 statistics_at(u32 turn) { return base + STATS_AT + turn % STAGES * 2 * STATISTIC; }
+    DEVICE u32 statistics(u32 turn) { return statistics_at(turn) + here() % 4 * 8; }
     DEVICE void wait_statistics(u32 turn) { barrier_wait(base + FULL_S + 8 * (turn % STAGES), turn / STAGES & 1); }
+    DEVICE void wait_queries(u32 turn) {
+        barrier_wait(base + FULL_Q + 8 * (turn % Q_STAGES), turn / Q_STAGES & 1);
+        if (FOLD) wait_statistics(turn);
+    }
+    DEVICE void start_scores(Pairs &s, u32 turn) {
+        start_pairs<HEAD_DIM>(s, base + group * 8192, queries(turn), parts, statistics_at(turn));
+    }
     DEVICE void weigh_block(Pairs &s, Packed &weights, u32 turn) {
-        wait_statistics(turn);
+        if (!FOLD) wait_statistics(turn);
         use_head(block(turn).head);
         probabilities(s, weights, block(turn), statistics(turn));
     }
 
     // dQ is stored between exponentials: both take their time, in different units.
-    static constexpr bool MIXED = AHEAD && DQ && !TRANSFORM;
+    static constexpr bool MIXED = AHEAD && DQ;
 
     // All blocks of a tile.
     DEVICE void gather_all(Keys &dk, Values &dv) {
         Pairs s, dp;
         Packed weights, ds;
+        load_parts(parts);
         if (AHEAD) {
             wait_queries(turn);
             start_scores(s, turn);
@@ -245,7 +253,7 @@ struct Consumer {
             last = block(turn).flags & LAST;
             const u32 stage = turn % STAGES, gradients = base + O_AT + stage * O_BYTES;
             barrier_wait(base + FULL_O + 8 * stage, turn / STAGES & 1);
-            start_pairs<HEAD_DIM_V>(dp, base + V_AT + group * 8192, gradients);
+            start_pairs<HEAD_DIM_V>(dp, base + V_AT + group * 8192, gradients, parts, statistics_at(turn) + STATISTIC);
             if (AHEAD) {
                 start_values(dv, weights, s, gradients);
             } else {
@@ -274,24 +282,21 @@ struct Consumer {
                 if (!first) barrier_wait(base + FULL_DS + 8 * ((turn - 1) % 2), (turn - 1) / 2 & 1);
                 start_dq(dq, turn - 1);
             }
-            fence_proxy();
-            if (AHEAD) arrive(FULL_DS + 8 * (turn % 2));
 #endif
-            if (!AHEAD) start_values(dv, weights, s, gradients);
+            if (!AHEAD) {
+                fence_proxy();
+                start_values(dv, weights, s, gradients);
 #if DQ
-            if (AHEAD) {
-                group_sync(1 + group, 128);
-            } else {
                 group_sync(1, 128 * GROUPS);
                 start_dq(dq, turn);
-            }
 #endif
+            }
             pin(dk);
+            pin(ds);
+            start_gather<HEAD_DIM>(dk, ds, queries(turn));
             if (AHEAD && DQ) {
-                start_gather<HEAD_DIM>(dk, along_columns(ds_of(turn) + group * 8192), queries(turn));
-            } else {
-                pin(ds);
-                start_gather<HEAD_DIM>(dk, ds, queries(turn));
+                fence_proxy();
+                arrive(FULL_DS + 8 * (turn % 2));
             }
             products_wait<1 + DQ>();
             if (!AHEAD) {
@@ -302,7 +307,7 @@ struct Consumer {
                     if (!MIXED) {
                         weigh_block(s, weights, turn + 1);
                     } else {
-                        wait_statistics(turn + 1);
+                        if (!FOLD) wait_statistics(turn + 1);
                         const Block &next = block(turn + 1);
                         if (next.flags & MASKED << group) mask(s, next.piece, key(), query(next));
                     }
@@ -324,7 +329,8 @@ struct Consumer {
             first = false;
             products_wait<0>();
             pin(dk);
-            if (!(AHEAD && DQ)) pin(ds);
+            pin(ds);
+            if (FOLD) pin(parts);
             arrive(FREE_Q + 8 * (turn % Q_STAGES));
         }
 #if DQ
