@@ -36,6 +36,8 @@ DEVICE void barrier_wait(u32 at, u32 parity) {
 // ---- a barrier among some warps: ids 1..15 ----
 
 DEVICE void group_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Is one of them without waiting.
+DEVICE void group_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- bulk copies ----
 

@@ -15,8 +15,8 @@
 //         dQ of block n - 1 goes to shared memory for the adder
 //     write or add dK and dV
 //
-// So a group never waits for what the other one does at the same time. Where registers don't allow it (AHEAD 0), S^T is started
-// with dP^T of its block, and dQ of the block when both groups have written dS^T.
+// So a group never waits for what the other one does at the same time, but for its turn. Where registers don't allow it (AHEAD 0),
+// S^T is started with dP^T of its block, and dQ of the block when both groups have written dS^T.
 //
 // Rows of Q, dout, K, V past a piece or tile may hold anything: the copier zeroes them. (Shah et al., FlashAttention-3, 2024.)
 //
@@ -229,6 +229,11 @@ struct Consumer {
         probabilities(s, weights, block(turn), statistics(turn));
     }
 
+    // The groups take turns in starting S, dQ and dK, so that exponentials of one run under products of the other. Left to
+    // themselves they fall into step or out of it by chance.
+    DEVICE void take_turn() { group_sync(2 + group, 256); }
+    DEVICE void give_turn(int to) { group_arrive(2 + to, 256); }
+
     // dQ is stored between exponentials: both take their time, in different units.
     static constexpr bool MIXED = AHEAD && DQ;
 
@@ -269,6 +274,7 @@ struct Consumer {
             if (AHEAD) {
                 if (!last) wait_queries(turn + 1);
                 pin(s);
+                take_turn();
                 start_scores(s, turn + 1);  // after the last block a product of what is there, which is not used
                 products_wait<1>();
                 values_done(dv, weights, turn);
@@ -294,6 +300,7 @@ struct Consumer {
             pin(dk);
             pin(ds);
             start_gather<HEAD_DIM>(dk, ds, queries(turn));
+            if (AHEAD) give_turn(group ^ 1);
             if (AHEAD && DQ) {
                 fence_proxy();
                 arrive(FULL_DS + 8 * (turn % 2));
@@ -340,11 +347,13 @@ struct Consumer {
             start_dq(dq, turn - 1);
             products_wait<0>();
             pin(dq);
+            arrive(FREE_KV);
             wait_store(turn - 1);
             UNROLL for (int half = 0; half < 2; ++half) store_dq(dq, half, true);
             stored(turn - 1);
         }
 #endif
+        if (!(AHEAD && DQ)) arrive(FREE_KV);
     }
 
     DEVICE void run() {
@@ -356,8 +365,10 @@ struct Consumer {
             tile = &work.tile;
             head = ~0u;
             barrier_wait(base + FULL_KV, n & 1);
-            if (work.state == BUSY) gather_all(dk, dv);
-            arrive(FREE_KV);
+            if (work.state == BUSY)
+                gather_all(dk, dv);
+            else
+                arrive(FREE_KV);
             const bool add_k = p.add & 1, add_v = p.add & 2;
             const int row = 64 * group + 16 * warp + here() / 4;
             if (work.state == BUSY || !add_k)
@@ -383,6 +394,9 @@ KERNEL(THREADS, 1) attention_backward(PARAMS(MappedBackwardParams) p) {
 #endif
     } else {
         registers_more<REGISTERS>();
-        Consumer{p.call, memory, base, group, warp % 4, lane, nullptr, score_of(p.call.problem, 0)}.run();
+        Consumer consumer{p.call, memory, base, group, warp % 4, lane, nullptr, score_of(p.call.problem, 0)};
+        if (AHEAD && group == 1) consumer.give_turn(0);
+        consumer.run();
+        if (AHEAD && group == 0) consumer.take_turn();
     }
 }
