@@ -65,9 +65,12 @@ pub struct Errors {
 /// # Errors
 /// [`Failure::Input`] naming the tensor.
 pub fn check_inputs(job: &Job) -> Result<()> {
-    let all = [("q", Some(&job.q)), ("k", Some(&job.k)), ("v", Some(&job.v)), ("dout", job.dout.as_ref())];
-    for (name, tensor) in all.iter().filter_map(|(name, tensor)| tensor.map(|tensor| (name, tensor))) {
-        let count = tensor.to_f32().iter().filter(|x| !x.is_finite()).count();
+    let tensors = [("q", Some(&job.q)), ("k", Some(&job.k)), ("v", Some(&job.v)), ("dout", job.dout.as_ref())];
+    let tensors = tensors.into_iter().filter_map(|(name, tensor)| Some((name, tensor?.to_f32())));
+    let per_head = [("sinks", &job.sinks), ("alibi_slopes", &job.alibi_slopes)];
+    let per_head = per_head.into_iter().filter_map(|(name, numbers)| Some((name, numbers.clone()?)));
+    for (name, numbers) in tensors.chain(per_head) {
+        let count = numbers.iter().filter(|x| !x.is_finite()).count();
         if count > 0 {
             let why =
                 format!("--verify: `{name}` has {count} numbers that are not finite, which the oracle can't judge");

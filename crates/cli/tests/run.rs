@@ -118,6 +118,21 @@ fn a_number_that_is_not_finite_stays_in_the_rows_that_see_it() {
 }
 
 #[test]
+fn sinks_and_slopes_that_are_not_finite_are_not_verified() {
+    for name in ["sinks", "alibi_slopes"] {
+        for value in [f32::NAN, f32::INFINITY] {
+            let mut numbers = Raw::f32(name, &[4]);
+            numbers.bytes[8..12].copy_from_slice(&value.to_le_bytes());
+            let folder = Folder::new(&bytes_of(&good_but(&[numbers])));
+            let said = folder.run(&["--verify"]);
+            let why = format!("`{name}` has 1 numbers that are not finite");
+            assert!(said.code == Some(2) && said.stderr.contains(&why), "{said:?}");
+            assert_eq!(folder.files(), ["in.safetensors"], "nothing is written");
+        }
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let run = |name: &str, seed: &str| {
