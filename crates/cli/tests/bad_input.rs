@@ -56,6 +56,17 @@ fn a_folder_in_place_of_a_file() {
     refused(&folder, &said, &["not a regular file"]);
 }
 
+#[cfg(unix)]
+#[test]
+fn a_pipe_in_place_of_a_file() {
+    let folder = Folder::new(b"");
+    let pipes = tempfile::tempdir().expect("a folder");
+    let pipe = pipes.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo starts").success());
+    let said = longspan(&["run", "--input", text(&pipe), "--output", text(&folder.output)]);
+    refused(&folder, &said, &["not a regular file"]);
+}
+
 #[test]
 fn truncated_files() {
     let whole = bytes_of(&good());
