@@ -231,7 +231,10 @@ fn the_suite_judges_a_personality_and_writes_its_results() {
     assert!(last.contains(" passed, 0 failed") && !last.starts_with("0 "), "{last}");
     let results: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).expect("written")).expect("JSON");
     assert_eq!(results["backend"], "cpu-push");
-    assert_eq!(longspan(&["conformance", "--filter", "no such case"]).code, Some(1));
+    let none = longspan(&["conformance", "--filter", "no such case", "--json", text(&folder.path().join("none.json"))]);
+    assert_eq!((none.code, none.stdout.as_str()), (Some(2), ""), "{none:?}");
+    assert!(none.stderr.contains("--filter no such case: no case of the quick tier"), "{none:?}");
+    assert!(!folder.path().join("none.json").exists(), "nothing is written");
     assert_eq!(longspan(&["conformance", "--backend", "abacus"]).code, Some(2));
     assert_eq!(longspan(&["conformance", "--backend", "cpu:0", "--personality", "push"]).code, Some(2));
 }
