@@ -57,6 +57,7 @@ fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
     if processes.is_none_or(processes::Job::leads) {
         output::check_all(&[&args.output, &args.trace, &args.timeline], args.source.input.as_deref())?;
     }
+    longspan::devices(&args.backend)?;
     let job = Job::new(args)?;
     if let Some(processes) = processes {
         processes.processes.check(job.mesh())?;

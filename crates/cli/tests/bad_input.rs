@@ -193,7 +193,15 @@ fn an_unknown_backend_says_which_there_are_and_how_to_get_others() {
         &["--backend", "abacus"],
         &["unknown backend `abacus`", "this build has ", " cpu,", "cargo feature"],
     );
-    refuses_options(&["--backend", "cpu:7"], &["7"]);
+    for (backend, words) in [
+        ("cpu:7", ["no device 7", "it has 0"]),
+        ("cpu:x", ["\"x\"", "device indices"]),
+        ("cpu-push:0", ["cpu-push is one device", "write \"cpu-push\""]),
+    ] {
+        refuses_options(&["--backend", backend], &words);
+        let said = longspan(&["run", "--synthetic", "1,8,2,2,8", "--backend", backend]);
+        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "refused before anything is said");
+    }
 }
 
 #[test]
