@@ -8,6 +8,12 @@ use longspan::{DType, Mask, Placement};
 use crate::fault::Fault;
 use crate::synthetic::Shape;
 
+/// The most ranks: what every rank tells every other grows with their square.
+pub const MOST_RANKS: u32 = 4096;
+
+/// The most ranks of one process: each has a thread for itself and one for every stream.
+pub const MOST_THREADS: u32 = 1024;
+
 /// Exact attention over sequences that do not fit one accelerator.
 ///
 /// The sequence is cut among U x R ranks: U ranks share a block of it by heads (DeepSpeed-Ulysses), R blocks travel round a
@@ -236,7 +242,7 @@ pub struct BenchShape {
     #[arg(long, value_enum, ignore_case = true, value_delimiter = ',', value_name = "S,U,R")]
     pub sweep: Vec<Sweep>,
     /// Cut N ranks in every way: all U x R = N
-    #[arg(long, value_name = "N", value_parser = count(), conflicts_with_all = ["ulysses", "ring"])]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_THREADS.into()), conflicts_with_all = ["ulysses", "ring"])]
     pub ranks: Option<u32>,
     /// Batch rows
     #[arg(long, default_value_t = 1, value_name = "B", value_parser = count())]

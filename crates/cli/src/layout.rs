@@ -3,7 +3,7 @@
 use longspan::{Layout, Mask, Mesh};
 use longspan_seqpar::picture::{Balance, holders, steps};
 
-use crate::args::LayoutArgs;
+use crate::args::{LayoutArgs, MOST_RANKS};
 use crate::failure::{Failure, Result};
 use crate::report::say;
 use crate::{job, output, picture};
@@ -41,6 +41,7 @@ fn svg(args: &LayoutArgs) -> Result<String> {
 /// The layout and the mask; they fit each other.
 fn cut(args: &LayoutArgs) -> Result<(Layout, Mask)> {
     let mesh = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement)?;
+    job::at_most(MOST_RANKS, &mesh)?;
     let documents = args.cu_seqlens.as_deref();
     let end = documents.and_then(|cu| usize::try_from(*cu.last()?).ok());
     let seq = args.seq.or(end).unwrap_or(SEQ);

@@ -5,9 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::args::Run;
+use crate::args::{MOST_THREADS, Run};
 use crate::failure::Result;
-use crate::job::Job;
+use crate::job::{self, Job};
 use crate::picture::timeline;
 use crate::processes::together;
 use crate::record::Record;
@@ -59,8 +59,9 @@ fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
     }
     longspan::devices(&args.backend)?;
     let job = Job::new(args)?;
-    if let Some(processes) = processes {
-        processes.processes.check(job.mesh())?;
+    match processes {
+        Some(processes) => processes.processes.check(job.mesh())?,
+        None => job::at_most(MOST_THREADS, job.mesh())?,
     }
     if args.verify {
         verify::check_inputs(&job)?;

@@ -164,6 +164,18 @@ fn meshes_without_ranks() {
 }
 
 #[test]
+fn more_ranks_than_are_of_use_and_groups_without_heads() {
+    refuses_options(&["--ring", "3000"], &["3000 ranks", "1024"]);
+    refuses_options(&["--ring", "4294967295"], &["4294967295 ranks", "4096"]);
+    refuses_options(&["--ulysses", "64", "--ring", "65"], &["4160 ranks", "4096"]);
+    refuses_options(&["--head-groups", "5", "--ring", "2"], &["5 groups of 4 heads"]);
+    refuses_options(&["--head-groups", "4294967295"], &["4294967295 groups of 4 heads"]);
+    let folder = Folder::new(&bytes_of(&good()));
+    refused(&folder, &longspan(&["layout", "--ring", "4000000000"]), &["4000000000 ranks", "4096"]);
+    assert_eq!(longspan(&["layout", "--ring", "4096"]).code, Some(0));
+}
+
+#[test]
 fn masks_that_mean_nothing() {
     refuses_options(&["--mask", "window:-1"], &["window:-1", "window:L[,R]"]);
     refuses_options(&["--mask", "window:1,-2"], &["window:1,-2"]);

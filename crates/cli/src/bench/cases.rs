@@ -4,7 +4,7 @@ use std::iter::successors;
 
 use longspan::{Layout, Mask, Mesh, Placement, Problem};
 
-use crate::args::{Bench, Sweep};
+use crate::args::{Bench, MOST_THREADS, Sweep};
 use crate::failure::{Failure, Result};
 use crate::job;
 
@@ -72,9 +72,10 @@ pub fn list(args: &Bench) -> Result<Vec<Case>> {
     for &seq in &lengths {
         for (ulysses, ring) in cuts(args) {
             let mesh = Mesh::new(ulysses, ring, args.cut.placement)?;
-            let layout = job::layout(args.cut.layout, seq, &mesh);
+            job::at_most(MOST_THREADS, &mesh)?;
             let mask = job::mask(&args.cut, None, seq)?;
             mask.check(seq, seq)?;
+            let layout = job::layout(args.cut.layout, seq, &mesh);
             for packed in [false, true].into_iter().take(if args.packed { 2 } else { 1 }) {
                 let (problem, layout, mask) = (problem.clone(), layout.clone(), mask.clone());
                 cases.push(Case { problem, layout, mask, packed });
@@ -115,7 +116,7 @@ fn problem(args: &Bench) -> Result<Problem> {
     .with_deterministic(options.deterministic)
     .with_head_groups(options.head_groups as usize)
     .with_backward(args.backward);
-    problem.check()?;
+    job::check(&problem)?;
     if args.packed && problem.head_dim != problem.head_dim_v {
         return Err(Failure::Input("--packed: q, k and v in one tensor need heads of one size".into()));
     }
