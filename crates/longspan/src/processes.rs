@@ -241,7 +241,7 @@ pub fn in_group<B: Backend, T>(
         result
     };
     catch_unwind(AssertUnwindSafe(run))
-        .unwrap_or_else(|_| Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default() }))
+        .unwrap_or_else(|_| Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default(), late: None }))
 }
 
 fn place_bytes(place: Result<Place>) -> Vec<u8> {

@@ -83,7 +83,7 @@ pub fn on_devices<T: Send>(
             std::thread::scope(|scope| {
                 let chosen = devices.iter().take(*count);
                 let threads: Vec<_> = chosen.map(|info| scope.spawn(|| alone(info))).collect();
-                let lost = || Error::PeerLost { rank: 0, call: "its own code, which panicked", step: Step::default() };
+                let lost = || Error::PeerLost { rank: 0, call: "its own code, which panicked", step: Step::default(), late: None };
                 threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(lost()))).collect()
             })
         }
@@ -124,7 +124,7 @@ pub fn spawn<B: Backend, T: Send>(
         let info = &devices[rank as usize % devices.len()];
         let run = || body(Member::join(info, &id, rank, size, limit)?);
         catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
-            Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default() })
+            Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default(), late: None })
         })
     };
     Ok(std::thread::scope(|scope| {
@@ -143,6 +143,7 @@ pub fn spawn<B: Backend, T: Send>(
                         rank: rank as u32,
                         call: "its own code, which panicked",
                         step: Step::default(),
+                        late: None,
                     })
                 }),
                 Err(e) => Err(Error::Unavailable {
