@@ -49,7 +49,7 @@ mod tests {
                 engine.forward([&q, &k, &v], &extra)?;
                 if backward {
                     let joint_dout = (joint > 0).then(|| one(joint, 4, 16));
-                    engine.backward_joint(&one(rows, 4, 16), None, joint_dout.as_ref())?;
+                    engine.backward_joint(&one(rows, 4, 16), None, joint_dout.as_ref().map(|dout| (dout, None)))?;
                 }
                 assert_eq!(engine.report()?.tensor_bytes, tensor_bytes(&problem, [rows; 2]) as u64);
                 Ok(())
