@@ -115,8 +115,8 @@ pub trait Engine: Debug {
     /// returns.
     ///
     /// # Errors
-    /// [`Error::Unsupported`], [`Error::Invalid`], [`Error::PeerLost`]; [`Error::OutOfMemory`] before anything is taken if
-    /// memory and the tensors of a forward (and backward) do not fit the device.
+    /// [`Error::Unsupported`], [`Error::Invalid`], [`Error::PeerLost`]; [`Error::OutOfMemory`] if memory and the tensors of a
+    /// forward (and backward) do not fit the device, of all its ranks together: then nothing stays taken.
     fn prepare(&mut self, problem: &Problem, layouts: [&Layout; 2], mask: &Mask) -> Result<Bytes>;
 
     /// The plan of the last [`Engine::prepare`].
@@ -194,6 +194,8 @@ pub trait Engine: Debug {
 #[derive(Debug)]
 pub(crate) struct EngineOf<B: Backend> {
     pub(crate) member: Member<B>,
+    /// Ranks on this rank's device, this one too.
+    beside: Vec<u32>,
     /// Of waits of the host.
     pub(crate) limit: Duration,
     pub(crate) stream: <B::Device as Device>::Stream,
@@ -260,13 +262,14 @@ impl<D: Device> Kept<D> {
 }
 
 impl<B: Backend> EngineOf<B> {
-    /// An engine for `member`, whose group waits for a peer for `limit`.
+    /// An engine for `member`, whose group waits for a peer for `limit`; `beside` are the ranks on its device, this one too.
     ///
     /// The host waits for more than twice that: work before an exchange, then the peer, whom the group names.
-    pub fn new(member: Member<B>, limit: Duration) -> Result<Self> {
+    pub fn new(member: Member<B>, beside: Vec<u32>, limit: Duration) -> Result<Self> {
         let stream = member.device.stream(Priority::Normal)?;
         Ok(Self {
             member,
+            beside,
             limit: limit.saturating_mul(2).saturating_add(NAMING),
             stream,
             usp: None,
@@ -419,9 +422,15 @@ impl<B: Backend> Engine for EngineOf<B> {
         (self.kept, self.resident, self.usp) = (None, None, None);
         self.meetings.clear();
         let plan = Plan::new(problem, q, k, mask, self.rank())?;
-        room::check(&plan, memory)?;
+        if self.beside.len() > 1 {
+            let plans = self.beside.iter().map(|&rank| Plan::new(problem, q, k, mask, rank));
+            room::check_together(plans, device.caps().memory_bytes)?;
+        }
+        room::check(&plan, plan.bytes()?, memory)?;
         let usp = Usp::prepare(&self.member, &self.stream, plan, |bytes| device.alloc(bytes))?;
         let bytes = usp.workspace();
+        // Now with what kernels and messages take.
+        room::check(usp.plan(), bytes, memory)?;
         self.usp = Some(usp);
         Ok(bytes)
     }
