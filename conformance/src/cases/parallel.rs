@@ -277,7 +277,7 @@ impl<B: Backend> Loaded<B> {
 pub fn prepare<B: Backend>(rank: &Rank<B>, setup: &Setup, loaded: &Loaded<B>) -> Result<Usp<B>, Failure> {
     rank.step("prepare", 0);
     let plan = Plan::new(&setup.problem, &setup.q, &setup.k, &setup.mask, rank.index())?;
-    match Usp::prepare(&rank.member, &rank.stream, plan, |bytes| rank.device.alloc(bytes)) {
+    match Usp::prepare(&rank.member, &rank.stream, plan, |bytes| rank.alloc(bytes)) {
         Ok(usp) => Ok(usp),
         Err(error @ Error::Unsupported { .. }) => {
             for tensor in loaded.outputs() {
