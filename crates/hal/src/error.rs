@@ -66,7 +66,7 @@ pub enum Error {
     },
 
     /// A wait ran out.
-    #[error("{call} did not finish within {limit:?}")]
+    #[error("{call} did not finish within {limit:?}; if it only takes longer, raise the limit")]
     Timeout {
         /// The call that waited.
         call: &'static str,
