@@ -134,8 +134,8 @@ impl Group {
     fn with_step(&self, error: Error) -> Error {
         self.told.store(true, Ordering::Release);
         match (&self.mail, error) {
-            (Mail::Letters(letters), Error::PeerLost { rank, call, .. }) => {
-                Error::PeerLost { rank, call, step: letters.step(rank) }
+            (Mail::Letters(letters), Error::PeerLost { rank, call, late, .. }) => {
+                Error::PeerLost { rank, call, step: letters.step(rank), late }
             }
             (_, error) => error,
         }

@@ -5,7 +5,8 @@
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
 //! STEP, BEGAN                 noted
-//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the rank that is furthest behind
+//! ABORT                       -> LOST rank, step to all: who gave up
+//! STUCK call or round, limit  -> LOST rank, step, limit to all: the rank that is furthest behind
 //! BROKEN what, why            -> the same to all: a rank saw that another does something else
 //! BYE rounds                  the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
@@ -90,9 +91,20 @@ struct Server {
     over: bool,
     /// Whether ranks tell of their rounds.
     told: bool,
-    /// Who is stuck, in which round, and who is waited for if all have queued it.
-    stuck: Option<(u64, u64, u64)>,
+    stuck: Option<Stuck>,
     tell: Option<Tell>,
+}
+
+/// A round that does not end.
+#[derive(Clone, Copy, Debug)]
+struct Stuck {
+    /// Who says so.
+    rank: u64,
+    round: u64,
+    /// Who is waited for if all have queued it.
+    suspect: u64,
+    /// What passed.
+    limit: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -270,19 +282,19 @@ impl Server {
             kind::ABORT => {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
-                self.lose(rank);
+                self.lose(rank, None);
             }
             kind::STUCK_CALL => {
-                let call = fields.number()?;
+                let (call, limit) = (fields.number()?, fields.limit()?);
                 let missing = |r: &u64| self.calls.get(&call).is_some_and(|c| !c.offers.contains_key(r));
                 if let Some(rank) = (0..self.size).find(missing) {
-                    self.lose(rank);
+                    self.lose(rank, limit);
                 }
             }
             kind::STUCK_ROUND => {
                 let (queued, round, suspect) = (fields.number()?, fields.number()?, fields.number()?);
                 self.count(rank, queued);
-                self.stuck.get_or_insert((rank, round, suspect));
+                self.stuck.get_or_insert(Stuck { rank, round, suspect, limit: fields.limit()? });
                 self.ask();
                 self.judge(false);
             }
@@ -337,7 +349,7 @@ impl Server {
         let gone = |r: &u64| self.ranks.get(r).is_some_and(|r| r.gone);
         let missing = |c: &Call| (0..self.size).find(|r| gone(r) && !c.offers.contains_key(r));
         if let Some(rank) = self.calls.values().find_map(missing) {
-            self.lose(rank);
+            self.lose(rank, None);
         }
     }
 
@@ -355,9 +367,9 @@ impl Server {
 
     /// Who is lost of those that are in the way of a round. Not before all answered, but for the `last` time.
     fn judge(&mut self, last: bool) {
-        let Some((rank, round, suspect)) = self.stuck else { return };
+        let Some(Stuck { rank, round, suspect, limit }) = self.stuck else { return };
         if last || self.ranks.values().all(|r| r.gone || r.rounds.is_some()) {
-            self.lose(self.behind(rank, round).unwrap_or(suspect));
+            self.lose(self.behind(rank, round).unwrap_or(suspect), limit);
         }
     }
 
@@ -374,7 +386,7 @@ impl Server {
         let most = self.ranks.values().map(|r| r.rounds).max().flatten();
         let behind = |r: &u64| self.ranks.get(r).is_some_and(|r| r.gone && r.rounds < most);
         if let Some(rank) = (0..self.size).find(behind) {
-            self.lose(rank);
+            self.lose(rank, None);
         }
     }
 
@@ -382,7 +394,7 @@ impl Server {
         if self.ranks.len() as u64 == self.size {
             self.ranks.entry(rank).and_modify(|r| r.gone = true);
             if !bye {
-                self.lose(rank);
+                self.lose(rank, None);
             }
             self.need_calls();
             self.need_rounds();
@@ -396,14 +408,15 @@ impl Server {
         }
     }
 
-    fn lose(&mut self, rank: u64) {
+    /// Ends the group: `rank` is gone, or did not come within the limit that is given.
+    fn lose(&mut self, rank: u64, late: Option<Duration>) {
         if !std::mem::replace(&mut self.over, true) {
             let of = self.ranks.get(&rank);
             let (step, who) = of.map_or_else(Default::default, |r| (r.step, r.who.clone()));
             if let Some(tell) = &self.tell {
                 tell(Lost { rank: rank as u32, who, step });
             }
-            self.tell_all(kind::LOST, &Fields::default().number(rank).step(step));
+            self.tell_all(kind::LOST, &Fields::default().number(rank).step(step).limit(late));
         }
     }
 

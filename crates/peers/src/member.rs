@@ -53,14 +53,14 @@ struct State {
 #[derive(Clone, Debug)]
 enum Fault {
     Broken(Error),
-    Lost(u32, Step),
+    Lost(u32, Step, Option<Duration>),
 }
 
 impl Fault {
     fn error(&self, call: &'static str) -> Error {
         match self {
             Self::Broken(error) => error.clone(),
-            Self::Lost(rank, step) => Error::PeerLost { rank: *rank, call, step: *step },
+            &Self::Lost(rank, step, late) => Error::PeerLost { rank, call, step, late },
         }
     }
 }
@@ -136,7 +136,7 @@ impl Member {
         if let Some(result) = verdict(self.limit) {
             return result;
         }
-        self.shared.send(kind::STUCK_CALL, &Fields::default().number(call));
+        self.shared.send(kind::STUCK_CALL, &Fields::default().number(call).limit(Some(self.limit)));
         verdict(GRACE).unwrap_or(Err(Error::Timeout { call: name, limit: self.limit }))
     }
 
@@ -180,7 +180,7 @@ impl Member {
     /// not reported. The answer is a fault, which ends the group.
     pub fn stuck(&self, round: u64, suspect: u32) {
         let queued = lock(&self.shared.state).rounds;
-        let fields = Fields::default().number(queued).number(round).number(u64::from(suspect));
+        let fields = Fields::default().number(queued).number(round).number(u64::from(suspect)).limit(Some(self.limit));
         self.shared.send(kind::STUCK_ROUND, &fields);
     }
 
@@ -209,7 +209,7 @@ impl Member {
     /// Gives the group up.
     pub fn abort(&self) {
         let step = *lock(&self.step);
-        self.shared.fail(Fault::Lost(self.rank, step));
+        self.shared.fail(Fault::Lost(self.rank, step, None));
         self.shared.send(kind::ABORT, &Fields::default().step(step));
     }
 
@@ -237,7 +237,7 @@ impl Shared {
             }
         }
         // The board is gone: the process that made the group's id (by custom rank 0's) died.
-        self.fail(Fault::Lost(0, Step::default()));
+        self.fail(Fault::Lost(0, Step::default(), None));
     }
 
     fn send(&self, kind: u8, fields: &Fields) {
@@ -259,7 +259,7 @@ impl Shared {
             kind::JOINED => lock(&self.state).joined = true,
             kind::LOST => {
                 let rank = fields.number()? as u32;
-                self.fail(Fault::Lost(rank, fields.step()?));
+                self.fail(Fault::Lost(rank, fields.step()?, fields.limit()?));
             }
             kind::TELL => {
                 let rounds = {

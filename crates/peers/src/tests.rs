@@ -68,7 +68,7 @@ fn who_leaves_or_gives_up_or_dies_is_named_with_its_step() {
             }
             Some(me.agree("prepare", &Fields::default()).expect_err("one is missing"))
         });
-        let lost = Error::PeerLost { rank: 1, call: "prepare", step: STEP };
+        let lost = Error::PeerLost { rank: 1, call: "prepare", step: STEP, late: None };
         assert_eq!(errors, [Some(lost.clone()), None, Some(lost)]);
     }
 }
@@ -84,7 +84,7 @@ fn a_connection_that_ends_without_a_word_is_a_death() {
         }
         Some(me.wait_for_fault("exchange"))
     });
-    assert_eq!(faults[0], Some(Error::PeerLost { rank: 1, call: "exchange", step: STEP }));
+    assert_eq!(faults[0], Some(Error::PeerLost { rank: 1, call: "exchange", step: STEP, late: None }));
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn who_stays_away_is_named_after_the_limit() {
         me.agree("prepare", &Fields::default()).err()
     });
     for error in errors {
-        assert!(matches!(error, Some(Error::PeerLost { rank: 2, .. })), "{error:?}");
+        assert!(matches!(error, Some(Error::PeerLost { rank: 2, late, .. }) if late == Some(limit)), "{error:?}");
     }
 }
 
@@ -146,7 +146,7 @@ fn a_rank_that_left_is_lost_to_those_who_queue_more_than_it_did() {
             }
             Some(me.wait_for_fault("exchange"))
         });
-        let lost = Some(Error::PeerLost { rank: 1, call: "exchange", step: Step::default() });
+        let lost = Some(Error::PeerLost { rank: 1, call: "exchange", step: Step::default(), late: None });
         assert_eq!(errors, [lost.clone(), None, lost]);
     }
 }
