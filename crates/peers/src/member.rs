@@ -290,13 +290,14 @@ impl Shared {
 
     /// Waits until `ready` gives something; `None` after `limit`.
     fn until_or<T>(&self, limit: Duration, mut ready: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
-        let until = Instant::now() + limit;
+        // A limit further away than the clock can say is none.
+        let until = Instant::now().checked_add(limit);
         let mut state = lock(&self.state);
         loop {
             if let Some(value) = ready(&mut state) {
                 return Some(value);
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return None;
             }

@@ -131,6 +131,12 @@ fn a_round_that_all_queued_names_whose_device_is_furthest_behind() {
 }
 
 #[test]
+fn a_limit_may_be_further_away_than_the_clock_can_say() {
+    let met = on_ranks(2, Duration::MAX, |me| me.agree("prepare", &Fields::default()).is_ok());
+    assert_eq!(met, [true, true]);
+}
+
+#[test]
 fn a_rank_that_left_is_lost_to_those_who_queue_more_than_it_did() {
     // Before the board hears that it left, and after.
     for wait in [0, 50] {
