@@ -125,6 +125,19 @@ impl Group {
         self.with_step(self.member.wait_for_fault(call))
     }
 
+    /// Gives the group up since `call` failed. What ended it before says more than that; where NCCL fails, that may come soon.
+    pub(crate) fn fail(&self, call: &'static str, error: Error) -> Error {
+        let fault = match &error {
+            Error::Driver { call: function, .. } if function.starts_with("nccl") => {
+                Some(self.member.wait_for_fault(call)).filter(|fault| !matches!(fault, Error::Timeout { .. }))
+            }
+            _ => self.member.fault(call),
+        };
+        let error = fault.unwrap_or(error);
+        self.abort();
+        self.with_step(error)
+    }
+
     /// Whether the caller knows that the group is over.
     pub(crate) fn told(&self) -> bool {
         self.told.load(Ordering::Acquire)

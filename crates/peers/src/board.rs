@@ -4,13 +4,13 @@
 //! JOIN word, rank, size, who  -> JOINED to all when the last came; CAME n to who asks with WAITING
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
-//! STEP, BEGAN                 noted
+//! STEP                        noted
 //! ABORT                       -> LOST rank, step to all: who gave up
 //! STUCK call or round, limit  -> LOST rank, step, limit to all: the rank that is furthest behind
 //! BROKEN what, why            -> the same to all: a rank saw that another does something else
-//! BYE rounds                  the rank left: whoever needs it from now on makes the group LOST
+//! BYE rounds, began           the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
-//! ROUND rounds                the answer to TELL: how many exchanges it queued, and again at every one from then on
+//! ROUND rounds, began         the answer to TELL: how many exchanges it queued, and its device came to; again whenever it changes
 //! ```
 //!
 //! Ranks queue exchanges without a word: a frame for each would cost more than a small exchange does. The board asks (TELL)
@@ -42,7 +42,6 @@ pub(crate) mod kind {
     pub const WAITING: u8 = 8;
     pub const GATHER: u8 = 9;
     pub const BYE: u8 = 10;
-    pub const BEGAN: u8 = 11;
     pub const JOINED: u8 = 20;
     pub const VERDICT: u8 = 21;
     pub const LOST: u8 = 22;
@@ -269,15 +268,11 @@ impl Server {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
             }
-            kind::BYE => self.count(rank, fields.number()?),
+            kind::BYE => self.count(rank, fields)?,
             kind::ROUND => {
-                self.count(rank, fields.number()?);
+                self.count(rank, fields)?;
                 self.need_rounds();
                 self.judge(false);
-            }
-            kind::BEGAN => {
-                let round = fields.number()?;
-                self.ranks.entry(rank).and_modify(|r| r.began = round);
             }
             kind::ABORT => {
                 let step = fields.step()?;
@@ -292,8 +287,8 @@ impl Server {
                 }
             }
             kind::STUCK_ROUND => {
-                let (queued, round, suspect) = (fields.number()?, fields.number()?, fields.number()?);
-                self.count(rank, queued);
+                self.count(rank, fields)?;
+                let (round, suspect) = (fields.number()?, fields.number()?);
                 self.stuck.get_or_insert(Stuck { rank, round, suspect, limit: fields.limit()? });
                 self.ask();
                 self.judge(false);
@@ -354,8 +349,13 @@ impl Server {
     }
 
     /// Frames of a rank may overtake each other.
-    fn count(&mut self, rank: u64, rounds: u64) {
-        self.ranks.entry(rank).and_modify(|r| r.rounds = r.rounds.max(Some(rounds)));
+    fn count(&mut self, rank: u64, fields: &mut Reader<'_>) -> Result<()> {
+        let (rounds, began) = (fields.number()?, fields.number()?);
+        self.ranks.entry(rank).and_modify(|r| {
+            r.rounds = r.rounds.max(Some(rounds));
+            r.began = r.began.max(began);
+        });
+        Ok(())
     }
 
     /// Has all ranks tell of their rounds.
