@@ -162,7 +162,7 @@ impl ForwardTile {
     }
 
     fn bytes(&self, d: u32, dv: u32) -> u32 {
-        let (barriers, descriptions) = (160, 4 * 96 + 2 * 96);
+        let (barriers, descriptions) = (160, 4 * 96 + 2 * 96 + 2 * 32);
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
         self.q_stages * tile_bytes(64 * self.groups, d) + 2 * keys + barriers + descriptions
     }

@@ -13,7 +13,7 @@ use longspan_hal::{
 };
 use longspan_kernels::Specialization;
 use longspan_kernels::params::{
-    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, MappedBackwardParams, MappedForwardParams,
+    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, MappedBackwardParams, MappedForwardParams, OUT_ROWS,
     PrepareParams, Problem, Tensor, TensorMap, width,
 };
 use longspan_kernels::tiling::MAX_ROWS;
@@ -63,12 +63,14 @@ impl GpuAttention {
 
     /// A forward by a kernel whose resident blocks take tiles by themselves.
     fn forward_mapped(&self, on: &GpuStream, plan: &GpuPlan, of: &Specialization, call: Call<'_>) -> Result<()> {
-        let Call { params, q, k, v } = call;
+        let Call { params, q, k, v, out } = call;
         let context = self.device.context();
         let boxes = [(params.q.ptr, q, of.rows), (params.k.ptr, k, of.box_rows), (params.v.ptr, v, of.box_rows)];
+        let [q, k, v] = self.maps(boxes)?;
+        let [out] = out.map_or(Ok([TensorMap::default()]), |at| self.maps([(params.out.ptr, at, OUT_ROWS)]))?;
         let blocks = (params.problem.tile_count as usize * plan.spec.heads).min(context.figures.units as usize);
         let params = MappedForwardParams {
-            maps: self.maps(boxes)?,
+            maps: [q, k, v, out],
             call: params,
             counter: plan.counter(on)?,
             ..MappedForwardParams::default()
@@ -170,6 +172,7 @@ struct Call<'a> {
     q: &'a Strided,
     k: &'a Strided,
     v: &'a Strided,
+    out: Option<&'a Strided>,
 }
 
 /// f32 sums of dq.
@@ -252,7 +255,8 @@ impl Attention<GpuDevice> for GpuAttention {
         let tiles = plan.forward.of(kernel.rows)?;
         params.problem = problem(on, spec, tiles, &args.extras)?;
         if kernel.box_rows > 0 {
-            let call = Call { params, q: args.q.at(), k: args.k.at(), v: args.v.at() };
+            let out = results.map(|(out, _)| out.at());
+            let call = Call { params, q: args.q.at(), k: args.k.at(), v: args.v.at(), out };
             return self.forward_mapped(on, plan, &kernel, call);
         }
         let grid = Grid { x: tiles.count as usize * spec.heads, y: 1 };
