@@ -111,7 +111,7 @@ struct Group {
 #if ALIBI
             score = score_of(p.problem, block.head);
 #endif
-            start_pairs<HEAD_DIM>(s, base, queries());
+            start_pairs<HEAD_DIM>(s, base, queries(), {}, 0);
             products_wait<1>();  // dV of the block before: the sooner its rows are free, the sooner others are there
             pin(dv);
             pin(weights);
@@ -139,7 +139,7 @@ struct Group {
         for (bool first = true, last = false; !last; ++turn, first = false) {
             last = described().flags & LAST;
             wait_gradients();
-            start_pairs<HEAD_DIM_V>(dp, base + V_AT, gradients());
+            start_pairs<HEAD_DIM_V>(dp, base + V_AT, gradients(), {}, 0);
             products_wait<1>();
             pin(dk);
             pin(ds);

@@ -75,11 +75,21 @@ pub trait Attention<D: Device>: Debug + Send + Sync + 'static {
     fn backward_prepare(&self, on: &D::Stream, spec: &Spec, args: &Prepare<'_, D>) -> Result<()>;
 
     /// Queues the gradients of the slices of `plan`. A gradient that is written is written in every row, with 0 where no
-    /// slice contributes.
+    /// slice contributes. With [`Spec::sums_dq`] dq is left as sums, in whatever order and scale suit the kernels: the first
+    /// call writes them, others add to them, and [`Attention::finish_dq`] makes dq of them.
     ///
     /// # Errors
     /// [`Error::Driver`].
     fn backward(&self, on: &D::Stream, plan: &Self::Plan, args: &Backward<'_, D>) -> Result<()>;
+
+    /// Queues `into` = dq of the sums that [`Attention::backward`] left for `spec` (of any number of keys), which has
+    /// [`Spec::sums_dq`], rounded once to the I/O dtype; `into` and `sums` have the extent of the queries and don't overlap.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the tensor; [`Error::Driver`].
+    fn finish_dq(&self, on: &D::Stream, _spec: &Spec, into: ViewMut<'_, D>, sums: View<'_, D>) -> Result<()> {
+        self.accumulate(on, &Accumulate::new(into, &[sums])?)
+    }
 
     /// Queues `into = round(((t0 + t1) + t2) + ...)`: f32 sums in list order, rounded once to the dtype of `into`.
     ///
@@ -366,7 +376,7 @@ pub struct Backward<'a, D: Device> {
     pub lse: View<'a, D>,
     /// From [`Attention::backward_prepare`], f32 `[batch, q_rows, heads, 1]`.
     pub delta: View<'a, D>,
-    /// Gradient of the queries.
+    /// Gradient of the queries, or, with [`Spec::sums_dq`], its sums.
     pub dq: Gradient<'a, D>,
     /// Gradient of the keys.
     pub dk: Gradient<'a, D>,

@@ -149,8 +149,8 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
             arrived = next;
         }
         // Under the last return.
-        if let Some(sum) = accumulator {
-            run.sum((g + 1) * steps - 1, || run.accumulate(run.compute, results[0], &[sum.read()]))?;
+        if let Some(sums) = accumulator {
+            run.sum((g + 1) * steps - 1, || run.finish_dq(&run.plan.spec(g, 0), results[0], sums.read()))?;
         }
         if let Some((_, gradients)) = self.gradients() {
             run.wait(run.compute, returned.as_ref())?;
