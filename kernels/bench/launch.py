@@ -175,7 +175,8 @@ class Case:
         kernel = self.kernels["forward"]
         blocks = kernel.tiles * self.number("heads")
         if kernel.box_rows:
-            params = self.maps((q, kernel.rows), (k, kernel.box_rows), (v, kernel.box_rows)) + params
+            result = self.maps((out, 64)) if out is not None else bytes(128)
+            params = self.maps((q, kernel.rows), (k, kernel.box_rows), (v, kernel.box_rows)) + result + params
             params += struct.pack("<4Q", self.counter.data_ptr(), 0, 0, 0)
             blocks = min(blocks, self.driver.units)
         self.launch("forward", blocks, params)

@@ -46,6 +46,9 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128, "layout");
 
+// A map takes a cache miss, which its first copy would wait for.
+DEVICE void prefetch_map(const TensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 struct At {
     int column, row, head, batch;
 };
@@ -53,6 +56,12 @@ struct At {
 DEVICE void copy_box(u32 to, const TensorMap *map, At at, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
                  "l"(map), "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(barrier)
+                 : "memory");
+}
+// One box of the tensor from shared memory, as far as it lies in the tensor. One thread calls it, then copies_commit.
+DEVICE void store_box(const TensorMap *map, At at, u32 from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map), "r"(at.column),
+                 "r"(at.row), "r"(at.head), "r"(at.batch), "r"(from)
                  : "memory");
 }
 // Adds one box of f32 from shared memory to the tensor. One thread calls it, then copies_commit.

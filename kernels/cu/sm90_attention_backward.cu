@@ -269,7 +269,7 @@ struct Consumer {
             products_wait<AHEAD>();
             pin(dp);
             differences(dp, s, statistics(turn));
-            arrive(FREE_S + 8 * stage);
+            barrier_arrive(base + FREE_S + 8 * stage);
             pin(dp);
             if (AHEAD) {
                 if (!last) wait_queries(turn + 1);

@@ -121,7 +121,7 @@ struct Group {
             pin(s);
             free_queries(turn);
             probabilities(s, block, tile, score);
-            arrive(FREE_S + 8 * (turn % STAGES));
+            barrier_arrive(base + FREE_S + 8 * (turn % STAGES));
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
             wait_gradients();
             pin(dv);
@@ -149,7 +149,7 @@ struct Group {
             pin(dp);
             free_gradients(turn);
             differences(dp);
-            arrive(FREE_S + 8 * (turn % STAGES));
+            barrier_arrive(base + FREE_S + 8 * (turn % STAGES));
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(ds[i], dp[2 * i], dp[2 * i + 1]);
             pin(dk);
             pin(ds);

@@ -155,19 +155,13 @@ struct Copier {
         barrier_wait(base + FREE_KV, n & 1 ^ 1);
         tile_to<BLOCK_N>(base, &p.k, PANELS, key, work.kv, work.tile.batch, rows, base + FULL_KV);
         tile_to<BLOCK_N>(base + V_AT, &p.v, PANELS_V, key, work.kv, work.tile.batch, rows, base + FULL_KV);
-        constexpr int PIECE_WORDS = sizeof(Piece) / 4, BLOCK_WORDS = sizeof(Block) / 4;
-        u32 *blocks = reinterpret_cast<u32 *>(memory + BLOCKS_AT);
+        Block *blocks = reinterpret_cast<Block *>(memory + BLOCKS_AT);
         each_block(p.call.problem, work, [&](u32 head, const Piece &piece, int query, bool last) {
             const u32 q = turn % Q_STAGES, s = turn % STAGES, batch = work.tile.batch;
             const int valid = piece.q_end - query;
             barrier_wait(base + FREE_Q + 8 * q, turn / Q_STAGES & 1 ^ 1);
             const u32 flags = masked(piece, key, query) | (last ? LAST : 0);
-            if (lane < PIECE_WORDS + 3)
-                blocks[turn % BLOCKS * BLOCK_WORDS + lane] = lane < PIECE_WORDS        ? reinterpret_cast<const u32 *>(&piece)[lane]
-                                                             : lane == PIECE_WORDS     ? u32(query)
-                                                             : lane == PIECE_WORDS + 1 ? flags
-                                                                                       : head;
-            __syncwarp();
+            if (lane == 0) blocks[turn % BLOCKS] = {piece, query, flags, head, 0};
             tile_to<BLOCK_M>(base + Q_AT + q * Q_BYTES, &p.q, PANELS, query, head, batch, valid, base + FULL_Q + 8 * q);
             barrier_wait(base + FREE_O + 8 * s, turn / STAGES & 1 ^ 1);
             tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, batch, valid, base + FULL_O + 8 * s);
@@ -177,7 +171,6 @@ struct Copier {
 
     // Describes tile `index`, for all roles.
     DEVICE const Work &plan(u32 index, u32 total, u32 n) {
-        constexpr int TILE_WORDS = sizeof(Tile) / 4;
         const Problem &problem = p.call.problem;
         const bool done = index >= total;
         const Place where = done ? Place{0, 0} : place_of(problem, problem.kv_heads, index);
@@ -188,13 +181,13 @@ struct Copier {
         const u32 section = problem.section, first = where.head / section * section;
         const u32 heads_there = problem.kv_heads - first < section ? problem.kv_heads - first : section;
         const u32 down = ~((tile->rank * heads_there + where.head - first) / gridDim.x) & 1;
-        const u32 own = lane == TILE_WORDS ? where.head : lane == TILE_WORDS + 1 ? state : down;
-        const u32 word = lane < TILE_WORDS ? reinterpret_cast<const u32 *>(tile)[lane] : own;
         barrier_wait(base + FREE_W + 8 * (n % WORKS), n / WORKS & 1 ^ 1);
         Work *work = reinterpret_cast<Work *>(memory + WORKS_AT) + n % WORKS;
-        if (lane < int(sizeof(Work) / 4)) reinterpret_cast<u32 *>(work)[lane] = word;
+        if (lane == 0) {
+            *work = {*tile, where.head, state, down, 0};
+            barrier_arrive(base + FULL_W + 8 * (n % WORKS));
+        }
         __syncwarp();
-        if (lane == 0) barrier_arrive(base + FULL_W + 8 * (n % WORKS));
         return *work;
     }
 
@@ -269,8 +262,7 @@ DEVICE void read_statistics(const MappedBackwardParams &p, const unsigned char *
 #endif
             }
             if (FOLD) fence_proxy();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(base + FULL_S + 8 * s);
+            barrier_arrive(base + FULL_S + 8 * s);
             ++turn;
         });
     });
@@ -353,9 +345,9 @@ DEVICE void init_barriers(u32 base) {
     }
     UNROLL for (int i = 0; i < STAGES; ++i) {
         barrier_init(base + FULL_O + 8 * i, 1);
-        barrier_init(base + FULL_S + 8 * i, 1);
+        barrier_init(base + FULL_S + 8 * i, WARP);  // every lane of the reader writes
         barrier_init(base + FREE_O + 8 * i, 4 * GROUPS);
-        barrier_init(base + FREE_S + 8 * i, 4 * GROUPS);
+        barrier_init(base + FREE_S + 8 * i, 128 * GROUPS);
     }
     fence_proxy();
 }

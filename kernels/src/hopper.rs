@@ -48,8 +48,8 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
     let wide = d.max(dv) > 128 || (!plain && spec.deterministic) || (many && d.max(dv) > 64);
     let queries = if d + dv == 128 && plain && !spec.deterministic { 128 } else { 64 };
     let dq = !wide && !spec.deterministic;
-    // lse and delta subtracted by products: of plain dot products, without factors in between.
-    let fold = !wide && !transforms(spec) && spec.dropout.is_none();
+    // lse and delta subtracted by products: of plain dot products, without factors in between, where lse / scale has elements.
+    let fold = !wide && !transforms(spec) && spec.dropout.is_none() && (1e-4..1e4).contains(&spec.scale.abs());
     // Scores a block ahead, where registers allow it.
     let ahead = fold && queries == 64;
     let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq, ahead, fold };
@@ -166,7 +166,7 @@ impl ForwardTile {
     }
 
     fn bytes(&self, d: u32, dv: u32) -> u32 {
-        let (barriers, descriptions) = (160, 4 * 96 + 2 * 96);
+        let (barriers, descriptions) = (160, 4 * 96 + 2 * 96 + 2 * 32);
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
         self.q_stages * tile_bytes(64 * self.groups, d) + 2 * keys + barriers + descriptions
     }

@@ -153,12 +153,15 @@ impl ForwardParams {
 #[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
 
+/// Rows of the output that one copy writes: a warpgroup's.
+pub const OUT_ROWS: u32 = 64;
+
 /// Parameter of an `attention_forward` that takes tensor maps (see [`crate::Specialization::box_rows`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct MappedForwardParams {
-    /// Maps of queries (boxes of a tile's rows), keys and values.
-    pub maps: [TensorMap; 3],
+    /// Maps of queries (boxes of a tile's rows), keys, values and, where there is one, the output ([`OUT_ROWS`]).
+    pub maps: [TensorMap; 4],
     /// What the other kernels take.
     pub call: ForwardParams,
     /// Device address of a u32 that is 0 before and after the launch.
@@ -347,7 +350,7 @@ const _: () = {
     assert!(size_of::<Piece>() == 56);
     assert!(size_of::<Problem>() == 120);
     assert!(size_of::<ForwardParams>() == 416);
-    assert!(size_of::<MappedForwardParams>() == 832);
+    assert!(size_of::<MappedForwardParams>() == 960);
     assert!(size_of::<BackwardParams>() == 416);
     assert!(size_of::<MappedBackwardParams>() == 1088);
     assert!(size_of::<PrepareParams>() == 248);

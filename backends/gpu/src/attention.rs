@@ -13,7 +13,7 @@ use longspan_hal::{
 };
 use longspan_kernels::Specialization;
 use longspan_kernels::params::{
-    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, MappedBackwardParams, MappedForwardParams,
+    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, MappedBackwardParams, MappedForwardParams, OUT_ROWS,
     PrepareParams, Problem, RoundParams, Tensor, TensorMap, width,
 };
 use longspan_kernels::tiling::MAX_ROWS;
@@ -45,7 +45,7 @@ impl GpuAttention {
         let whole = spec.head_dim.is_multiple_of(8) && spec.head_dim_v.is_multiple_of(8);
         let longspan_kernels::View { aligned, mapped } = longspan_kernels::View::of(views.iter().copied());
         let view = longspan_kernels::View { aligned: whole && aligned, mapped: whole && mapped };
-        Kernels::of(self.device.context(), spec, view)
+        Kernels::of(&self.device, spec, view)
     }
 
     /// Maps of tensors, each with the rows of its boxes.
@@ -63,14 +63,16 @@ impl GpuAttention {
 
     /// A forward by a kernel whose resident blocks take tiles by themselves.
     fn forward_mapped(&self, on: &GpuStream, plan: &GpuPlan, of: &Specialization, call: Call<'_>) -> Result<()> {
-        let Call { params, q, k, v } = call;
+        let Call { params, q, k, v, out } = call;
         let context = self.device.context();
         let boxes = [(params.q.ptr, q, of.rows), (params.k.ptr, k, of.box_rows), (params.v.ptr, v, of.box_rows)];
+        let [q, k, v] = self.maps(boxes)?;
+        let [out] = out.map_or(Ok([TensorMap::default()]), |at| self.maps([(params.out.ptr, at, OUT_ROWS)]))?;
         let blocks = (params.problem.tile_count as usize * plan.spec.heads).min(context.figures.units as usize);
         let params = MappedForwardParams {
-            maps: self.maps(boxes)?,
+            maps: [q, k, v, out],
             call: params,
-            counter: plan.counter(),
+            counter: plan.counter(on)?,
             ..MappedForwardParams::default()
         };
         context.kernel(of)?.launch(on, 0, Grid { x: blocks, y: 1 }, &params)
@@ -91,7 +93,7 @@ impl GpuAttention {
         }
         // Resident blocks take tiles by themselves.
         let blocks = tiles.min(self.device.context().figures.units as usize);
-        self.launch_backward(on, (of, 0, blocks), args, params, (dq, plan.counter()))
+        self.launch_backward(on, (of, 0, blocks), args, params, (dq, plan.counter(on)?))
     }
 
     /// Entry `entry` of a backward kernel with so many blocks; `dq` is to be mapped, `counter` is its tiles'.
@@ -180,6 +182,9 @@ impl GpuAttention {
             return Ok((address, *dq.into.at()));
         }
         let at = dq_scratch(spec);
+        if at.is_empty() {
+            return Ok((0, at));
+        }
         let scratch = args.scratch.filter(|s| s.bytes() >= at.bytes());
         let scratch = scratch
             .ok_or_else(|| Error::invalid("scratch", format!("the backward needs {} bytes of it", at.bytes())))?;
@@ -195,6 +200,7 @@ struct Call<'a> {
     q: &'a Strided,
     k: &'a Strided,
     v: &'a Strided,
+    out: Option<&'a Strided>,
 }
 
 /// f32 sums of dq.
@@ -277,7 +283,8 @@ impl Attention<GpuDevice> for GpuAttention {
         let tiles = plan.forward.of(kernel.rows)?;
         params.problem = problem(on, spec, tiles, &args.extras)?;
         if kernel.box_rows > 0 {
-            let call = Call { params, q: args.q.at(), k: args.k.at(), v: args.v.at() };
+            let out = results.map(|(out, _)| out.at());
+            let call = Call { params, q: args.q.at(), k: args.k.at(), v: args.v.at(), out };
             return self.forward_mapped(on, plan, &kernel, call);
         }
         let grid = Grid { x: tiles.count as usize * spec.heads, y: 1 };

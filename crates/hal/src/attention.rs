@@ -184,7 +184,11 @@ impl<D: Device> Default for Extras<'_, D> {
 }
 
 impl<D: Device> Extras<'_, D> {
-    fn check(&self, spec: &Spec) -> Result<()> {
+    /// Checks that each is given exactly where `spec` has the option, and its shape.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the input.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
         let heads = [1, 1, spec.heads_total, 1];
         let given = [
             ("alibi_slopes", spec.alibi, self.alibi_slopes.is_some()),
@@ -204,7 +208,12 @@ impl<D: Device> Extras<'_, D> {
         if let Some(v) = &self.sinks {
             expect("sinks", v.dtype(), v.extent(), DType::F32, heads)?;
         }
-        Ok(())
+        match &self.seed {
+            Some(Seed::Device(buffer)) if D::bytes(buffer) < 8 => {
+                Err(Error::invalid("dropout seed", format!("it has 8 bytes, its buffer {}", D::bytes(buffer))))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -466,8 +475,14 @@ fn expect(what: &'static str, dtype: DType, extent: Extent, wanted: DType, shape
     Err(Error::invalid(what, format!("it is {dtype} {extent:?}, wanted is {wanted} {shape:?}")))
 }
 
-/// What is written overlaps neither what is read nor each other.
-fn apart<D: Device>(read: &[(&'static str, View<'_, D>)], written: &[(&'static str, ViewMut<'_, D>)]) -> Result<()> {
+/// Checks that what is written overlaps neither what is read nor each other.
+///
+/// # Errors
+/// [`Error::Invalid`] naming both.
+pub fn apart<D: Device>(
+    read: &[(&'static str, View<'_, D>)],
+    written: &[(&'static str, ViewMut<'_, D>)],
+) -> Result<()> {
     for (i, (what, w)) in written.iter().enumerate() {
         let with = read
             .iter()

@@ -164,6 +164,11 @@ impl Problem {
         if self.head_groups == 0 {
             return Err(Error::invalid("head_groups", "it must be at least 1"));
         }
+        if self.head_groups > self.heads {
+            let why =
+                format!("{} groups of {} heads: at most as many groups as query heads", self.head_groups, self.heads);
+            return Err(Error::invalid("head_groups", why));
+        }
         self.spec([0, 0]).check()
     }
 }
