@@ -178,7 +178,14 @@ impl Plan {
     }
 }
 
-/// The steps of ring rank `r`: from the route, or, with joint tokens, every block hopping whole.
+/// Runs needed and asked for at step `t` where everybody needs every block whole, of `rows` rows, the own one of `own`.
+fn whole_blocks(t: u32, ring: u32, rows: usize, own: usize) -> (Vec<Needed>, Vec<Needed>) {
+    let way = if ring == 2 { Way::Direct } else { Way::Hop };
+    let run = |rows| if rows == 0 { Vec::new() } else { vec![Needed { run: 0, rows: 0..rows, way }] };
+    (run(rows), run(if t > 0 && way == Way::Direct { own } else { 0 }))
+}
+
+/// The steps of ring rank `r`: from the route, or, with joint tokens, with every block whole.
 fn legs(problem: &Problem, q: &Rows, k: &Rows, mask: &Mask, r: u32) -> Result<Vec<Leg>> {
     let ring = k.layout.mesh().ring();
     let batch = u32::try_from(problem.batch).map_err(|_| Error::invalid("batch", "it is over 2^32"))?;
@@ -189,8 +196,7 @@ fn legs(problem: &Problem, q: &Rows, k: &Rows, mask: &Mask, r: u32) -> Result<Ve
             let rows = k.block(owner);
             let (needed, asked) = match &route {
                 Some(route) => (route.needed(t).to_vec(), if t == 0 { Vec::new() } else { route.asked(t).to_vec() }),
-                None if rows == 0 => (Vec::new(), Vec::new()),
-                None => (vec![Needed { run: 0, rows: 0..rows, way: Way::Hop }], Vec::new()),
+                None => whole_blocks(t, ring, rows, k.block(r)),
             };
             let slices = rows::slices(mask, q, r, k, owner, batch)?;
             Ok(Leg { owner, rows, needed, asked, slices })

@@ -2,8 +2,8 @@
 //! its section 3, the order of exchange and compute is ours).
 //!
 //! Ring rank `r` attends at step `t` with the block of `r - t`, for `t = 0 .. R`. A run of keys that every ring rank needs
-//! *hops*: rank `r` hands what it holds to `r + 1`. A run that only some need goes *direct*, owner to needer, and its
-//! gradient goes straight home. What no one needs does not move.
+//! *hops*: rank `r` hands what it holds to `r + 1`. A run that only some need, and any in a ring of two, goes *direct*, owner to
+//! needer, and its gradient goes straight home. What no one needs does not move.
 //!
 //! ```text
 //! forward                                          backward
@@ -16,7 +16,8 @@
 //!                                                                home  += came home (direct runs)
 //!                                                      transfer: ret(t): fresh hop runs -> r + 1
 //!                                                                        fresh direct runs -> block(t)
-//!                                                  after ret(R - 1) the hop runs of the own block are in `travel`
+//!                                                  after ret(R - 1) the hop runs of the own block are in `travel`, and
+//!                                                  dk, dv = round(travel), round(home + came home)
 //! ```
 //!
 //! `fresh` is computed while the previous sum still travels: adding in place would serialise the ring. At `t = 0` the fresh
@@ -154,10 +155,7 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         }
         if let Some((_, gradients)) = self.gradients() {
             run.wait(run.compute, returned.as_ref())?;
-            run.sum((g + 1) * steps - 1, || {
-                self.add_came_home(gradients, g, steps - 1)?;
-                self.round_home(gradients, g, [results[1], results[2]])
-            })?;
+            run.sum((g + 1) * steps - 1, || self.round_home(gradients, g, [results[1], results[2]]))?;
         }
         Ok(())
     }
@@ -262,17 +260,22 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         Ok(())
     }
 
-    /// Rounds the own block's dk and dv: hop runs came round in `travel`, direct runs are in `home`.
+    /// Rounds the own block's dk and dv: hop runs came round in `travel`, direct runs are in `home`, without what came home
+    /// after the last step.
     fn round_home(&self, gradients: &GradientLayout, g: usize, into: [ViewMut<'_, B::Device>; 2]) -> Result<()> {
-        let own = self.run.plan.k_block();
-        for n in &self.run.plan.legs[0].needed {
+        let (own, legs) = (self.run.plan.k_block(), &self.run.plan.legs);
+        let last = &legs[legs.len() - 1].asked;
+        for n in &legs[0].needed {
             let from = match n.way {
-                Way::Direct => self.pair(&gradients.home, g, own)?,
-                Way::Hop => self.pair(&gradients.travel, g, own)?,
+                Way::Direct if last.contains(n) => vec![&gradients.home, &gradients.came_home],
+                Way::Direct => vec![&gradients.home],
+                Way::Hop => vec![&gradients.travel],
             };
-            for (sum, part) in into.iter().zip(from) {
-                let (sum, part) = (sum.narrow(1, n.rows.clone())?, part.narrow(1, n.rows.clone())?);
-                self.run.accumulate(self.run.compute, sum, &[part.read()])?;
+            let from = from.into_iter().map(|pair| self.pair(pair, g, own)).collect::<Result<Vec<_>>>()?;
+            for (i, into) in into.iter().enumerate() {
+                let terms = from.iter().map(|pair| Ok(pair[i].narrow(1, n.rows.clone())?.read()));
+                let terms = terms.collect::<Result<Vec<_>>>()?;
+                self.run.accumulate(self.run.compute, into.narrow(1, n.rows.clone())?, &terms)?;
             }
         }
         Ok(())

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! way(o, i) = Hop      if n(r, o, i) for every r:   it hops round the ring, r -> r + 1, one hop a step
-//!             Direct   otherwise:                   the owner sends it to each r that needs it
+//!             Direct   otherwise, and in a ring of two, where both are one message, but a gradient goes home at once:
+//!                                                   the owner sends it to each r that needs it
 //!
 //! forward, ring rank r, block(t) = r - t mod R:
 //!     for t in 0..R:
@@ -32,7 +33,7 @@ use crate::mask::{Mask, Shape, width};
 pub enum Way {
     /// From the owner to each ring rank that needs it; gradients go straight home.
     Direct,
-    /// Round the ring, since every ring rank needs it; sums of gradients travel behind it.
+    /// Round a ring of more than two, since every ring rank needs it; sums of gradients travel behind it.
     Hop,
 }
 
@@ -242,7 +243,8 @@ impl<'a> Needs<'a> {
         let mut block = Vec::new();
         for (n, run) in self.k.ring_runs(owner).iter().enumerate() {
             if wanted(run)? {
-                let way = if self.all(owner, run)? { Way::Hop } else { Way::Direct };
+                let hops = self.q.mesh().ring() > 2 && self.all(owner, run)?;
+                let way = if hops { Way::Hop } else { Way::Direct };
                 block.push(Needed { run: n, rows: self.k.run_rows(owner, n), way });
             }
         }

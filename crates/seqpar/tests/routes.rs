@@ -29,7 +29,7 @@ fn check_needs(mask: &Mask, q: &Layout, k: &Layout, routes: &[Route]) -> Result<
     for owner in 0..ring {
         for run in 0..k.ring_runs(owner).len() {
             let needers: Vec<u32> = (0..ring).filter(|&r| sees(mask, q, k, r, owner, run)).collect();
-            let way = if needers.len() == ring as usize { Way::Hop } else { Way::Direct };
+            let way = if ring > 2 && needers.len() == ring as usize { Way::Hop } else { Way::Direct };
             let needed = Needed { run, rows: k.run_rows(owner, run), way };
             for r in 0..ring {
                 let route = &routes[r as usize];
