@@ -64,13 +64,18 @@ impl HeadCut {
         all().map(Range::len).sum::<usize>() > heads
     }
 
-    /// Where the heads of each rank lie when the heads of group `g` are packed in rank order, and their number.
-    pub(crate) fn packed(&self, g: usize, which: Which) -> (Vec<Range<usize>>, usize) {
+    /// Query heads of Ulysses rank `u`, of all groups.
+    pub(crate) fn of_rank(&self, u: usize) -> Range<usize> {
+        self.groups[0][u].q.start..self.groups[self.groups.len() - 1][u].q.end
+    }
+
+    /// Where the heads of the ranks `of` lie when those of group `g` are packed in rank order, and their number.
+    pub(crate) fn packed(&self, g: usize, which: Which, of: impl Fn(usize) -> bool) -> (Vec<Range<usize>>, usize) {
         let mut at = 0;
         let places = (0..self.ulysses)
             .map(|u| {
                 let start = at;
-                at += which.of(self.of(g, u)).len();
+                at += if of(u) { which.of(self.of(g, u)).len() } else { 0 };
                 start..at
             })
             .collect();

@@ -39,8 +39,8 @@ pub struct Plan {
 /// Bytes that one rank sends to another in one exchange.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Traffic {
-    /// Which exchange: `gather`, `give back`, `hop`, `return` (gradients of a ring step), `share joint`,
-    /// `share dsinks`.
+    /// Which exchange: `gather`, `gather rows` (lse and delta), `give back`, `hop`, `return` (gradients of a ring step),
+    /// `share joint`, `share dsinks`.
     pub phase: &'static str,
     /// Its index: head group, or ring step within all head groups.
     pub index: u32,

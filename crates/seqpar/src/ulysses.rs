@@ -7,31 +7,38 @@
 //! gather(g):  for each Ulysses rank p, each input tensor x:
 //!                 send     x[my rows, heads(p, g)]           -> p
 //!                 receive  block[rows of p, my heads(g)]     <- p
+//! gather_rows: the same with lse and delta, for all groups at once
 //! give_back(g): for each other Ulysses rank p, each output tensor y:
 //!                 send     block[rows of p, my heads(g)]     -> p
 //!                 receive  packed[my rows, heads(p, g)]      <- p
-//!               copy block[my rows, my heads(g)] to the caller's tensors, behind the compute of g
+//! keep(g):    copy block[my rows, my heads(g)] to the caller's tensors
 //! collect(g): copy `packed` to the caller's tensors; f32 contributions to replicated KV heads, the own ones too, are
 //!             summed instead, in the order of groups and ranks, and rounded once at the end.
 //! ```
 //!
-//! A rank's own results are copied on the compute stream: a kernel on the transfer stream would wait for the attention of the
-//! next group, and what is queued behind it with it.
+//! Messages need no kernel, but `keep` and `collect` do, and a kernel beside attention waits for its end, and what is queued
+//! behind it with it. So they come one group later, between two attentions, and after the last one beside its messages:
+//!
+//! ```text
+//! transfer: gather(g + 1)     collect(g - 1), give_back(g)     gather(g + 2)       ...
+//! compute:  attention(g)      keep(g - 1)                      attention(g + 1)    ...
+//! ```
 //!
 //! Head counts need not divide: see [`crate::heads`]. Joint tokens are a second source of rows; after the last group every
 //! rank shares its joint rows of the results with all ranks, so replicas are bitwise equal.
 
-use longspan_hal::{Backend, Device, Result, View, ViewMut};
+use longspan_hal::{Backend, Device, Error, Result, View, ViewMut};
 
 use crate::message::Prepared;
 use crate::run::{Event, Run, missing};
-use crate::ulysses_layout::{Gathering, block_extent, local_parts};
+use crate::ulysses_layout::{Gathering, block_extent, local_parts, packed_heads};
 
 /// The all-to-alls of one pass: layout and exchanges, by head group.
 #[derive(Debug)]
 pub(crate) struct Ulysses<B: Backend> {
     pub layout: Gathering,
     pub gather: Vec<Prepared<B>>,
+    pub gather_rows: Option<Prepared<B>>,
     pub give_back: Vec<Prepared<B>>,
     pub share: Option<Prepared<B>>,
 }
@@ -49,6 +56,19 @@ impl<B: Backend> Ulysses<B> {
     /// Its slot is free: the exchange that gave back group `g - 2` is ahead of it on the same stream.
     pub fn gather(&self, run: &Run<'_, B>, g: usize, sources: &[View<'_, B::Device>]) -> Result<Event<B>> {
         run.exchange(&self.gather[g], sources)
+    }
+
+    /// Queues the all-to-all of lse and delta, of all groups; sources as those of [`Ulysses::gather`].
+    pub fn gather_rows(&self, run: &Run<'_, B>, sources: &[View<'_, B::Device>]) -> Result<Event<B>> {
+        let rows = self.gather_rows.as_ref().ok_or_else(|| Error::invalid("backward", "it was not laid out"))?;
+        run.exchange(rows, sources)
+    }
+
+    /// lse and delta of the block, the heads of group `g`.
+    pub fn rows<'a>(&self, run: &Run<'a, B>, g: usize) -> Result<Vec<View<'a, B::Device>>> {
+        let (mine, u) = (self.layout.rows.iter(), run.plan.at.ulysses as usize);
+        let (heads, first) = (&run.plan.cut.of(g, u).q, run.plan.cut.of_rank(u).start);
+        mine.map(|r| run.workspace.view(r)?.narrow(2, heads.start - first..heads.end - first)).collect()
     }
 
     /// The gathered blocks of group `g`.
@@ -73,24 +93,33 @@ impl<B: Backend> Ulysses<B> {
         Ok(())
     }
 
-    /// Queues the all-to-all of group `g` back to rows, behind the compute queued so far, and collects what came.
+    /// Queues the all-to-all of group `g` back to rows, behind the compute queued so far, and collects and keeps the results of
+    /// the group before, and after the last one its own.
     pub fn give_back(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
+        let last = g + 1 == run.plan.cut.groups();
+        if g > 0 {
+            run.collect(g - 1, || self.collect(run, g - 1, targets))?;
+        }
         run.order(run.compute, run.transfer)?;
-        let outputs = self.outputs(run, g)?;
-        let sources: Vec<_> = outputs.iter().map(ViewMut::read).collect();
-        run.keep(g, || self.keep(run, g, &sources, targets))?;
-        run.exchange(&self.give_back[g], &sources)?;
-        run.collect(g, || self.collect(run, g, targets))
+        run.exchange(&self.give_back[g], &self.results(run, g)?)?;
+        if g > 0 {
+            run.keep(g - 1, || self.keep(run, g - 1, targets))?;
+        }
+        if last {
+            run.keep(g, || self.keep(run, g, targets))?;
+            run.collect(g, || self.collect(run, g, targets))?;
+        }
+        Ok(())
+    }
+
+    /// The results of the block of group `g`.
+    fn results<'a>(&self, run: &Run<'a, B>, g: usize) -> Result<Vec<View<'a, B::Device>>> {
+        Ok(self.outputs(run, g)?.iter().map(ViewMut::read).collect())
     }
 
     /// Copies this rank's own part of the results of group `g`.
-    fn keep(
-        &self,
-        run: &Run<'_, B>,
-        g: usize,
-        results: &[View<'_, B::Device>],
-        targets: &[Target<'_, B>],
-    ) -> Result<()> {
+    fn keep(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
+        let results = self.results(run, g)?;
         for (i, kind) in self.layout.outputs.iter().enumerate().filter(|(i, _)| self.sum(*i).is_none()) {
             let heads = kind.heads(run.plan, g);
             for (part, segment) in kind.rows(run.plan).segments(run.plan.at).into_iter().enumerate() {
@@ -105,7 +134,7 @@ impl<B: Backend> Ulysses<B> {
     fn collect(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
         let plan = run.plan;
         for (i, kind) in self.layout.outputs.iter().enumerate() {
-            let (places, heads) = plan.cut.packed(g, kind.which);
+            let (places, heads) = packed_heads(plan, g, *kind);
             let [batch, rows, _, dim] = self.layout.packed[i].at.extent();
             let packed = run.workspace.view(&self.layout.packed[i].with_extent([batch, rows, heads, dim])?)?;
             let summed = self.sum(i).is_some();

@@ -6,8 +6,9 @@
 //!               ring over the blocks of g            beside it: gather(g + 1)
 //!               give back out, lse of g              beside it: the ring of g + 1
 //!           share joint rows
-//! backward: delta = rowsum(dout * out) - dlse, dsinks: on the shard, so `out` never travels
-//!           the same loop with dout, lse and delta gathered too, and dq, dk, dv given back
+//! backward: delta = rowsum(dout * out) - dlse, dsinks: on the shard, so `out` never travels; beside it: gather(0)
+//!           gather lse and delta, of all head groups
+//!           the same loop with dout gathered too, and dq, dk, dv given back
 //! ```
 //!
 //! With U = 1 and no joint tokens nothing is gathered and kernels read the caller's tensors; with R = 1 nothing hops.
@@ -254,18 +255,14 @@ impl<B: Backend> Usp<B> {
             self.check_rows(self.plan.problem.joint, joint)?;
         }
         let run = self.run(member, on, true, trace);
-        let delta = self.queue_delta(&run, pass, inputs, rows, joint)?;
-        run.forked(|| {
-            self.queue_sinks(&run, pass, gradients)?;
-            self.queue_backward(&run, pass, inputs, rows, joint, delta, gradients)
-        })
+        run.forked(|| self.queue_backward(&run, pass, inputs, rows, joint, gradients))
     }
 
     /// delta of the shard and of this rank's joint rows, and their parts of dsinks.
     fn queue_delta<'a>(
-        &'a self,
+        &self,
         run: &Run<'a, B>,
-        pass: &'a Pass<B>,
+        pass: &Pass<B>,
         inputs: &Inputs<'_, B::Device>,
         rows: &OutputRows<'_, B::Device>,
         joint: Option<&OutputRows<'_, B::Device>>,
@@ -298,6 +295,24 @@ impl<B: Backend> Usp<B> {
         Ok([shard_delta.read(), joint_delta.read()])
     }
 
+    /// The caller's lse, of the shard and of the joint rows, copied to lie as delta does.
+    fn queue_lse<'a>(
+        &self,
+        run: &Run<'a, B>,
+        pass: &Pass<B>,
+        rows: &OutputRows<'_, B::Device>,
+        joint: Option<&OutputRows<'_, B::Device>>,
+    ) -> Result<[View<'a, B::Device>; 2]> {
+        let layout = pass.rows.as_ref().and_then(|r| r.lse.as_ref());
+        let [shard, of_joint] = layout.ok_or_else(|| Error::invalid("backward", "it was not laid out"))?;
+        let [shard, of_joint] = [run.workspace.view_mut(shard)?, run.workspace.view_mut(of_joint)?];
+        run.copy(run.compute, rows.lse, shard)?;
+        if let Some(joint) = joint {
+            run.copy(run.compute, joint.lse, of_joint)?;
+        }
+        Ok([shard.read(), of_joint.read()])
+    }
+
     /// Parts of dsinks go to every rank, which sums them in rank order.
     fn queue_sinks(&self, run: &Run<'_, B>, pass: &Pass<B>, gradients: &Gradients<'_, B::Device>) -> Result<()> {
         let sinks = pass.rows.as_ref().and_then(|r| r.sinks.as_ref());
@@ -305,9 +320,10 @@ impl<B: Backend> Usp<B> {
             return Ok(());
         };
         let view = |r: &Region| run.workspace.view(r);
+        run.order(run.compute, run.transfer)?;
         run.exchange(share, &[view(&sinks.parts[0])?, view(&sinks.parts[1])?])?;
         let all = view(&sinks.all)?;
-        let terms = (0..all.extent()[1]).map(|i| all.narrow(1, i..i + 1)).collect::<Result<Vec<_>>>()?;
+        let terms = (0..all.extent()[0]).map(|i| all.narrow(0, i..i + 1)).collect::<Result<Vec<_>>>()?;
         let dsinks = gradients.dsinks.ok_or_else(|| missing("dsinks"))?;
         run.collect(0, || run.accumulate(run.transfer, dsinks, &terms))
     }
@@ -319,13 +335,14 @@ impl<B: Backend> Usp<B> {
         inputs: &Inputs<'_, B::Device>,
         rows: &OutputRows<'_, B::Device>,
         joint: Option<&OutputRows<'_, B::Device>>,
-        delta: [View<'_, B::Device>; 2],
         gradients: &Gradients<'_, B::Device>,
     ) -> Result<()> {
         let groups = self.plan.cut.groups();
         let extras = Extras { sinks: inputs.extras.sinks, ..inputs.extras };
         let mut ring = Circling::new(run, pass.ring.as_ref(), &self.kernels);
         let Some(ulysses) = &pass.ulysses else {
+            let delta = self.queue_delta(run, pass, inputs, rows, joint)?;
+            self.queue_sinks(run, pass, gradients)?;
             for g in 0..groups {
                 let heads = self.plan.cut.of(g, 0);
                 let (q, kv) = (heads.q.clone(), heads.kv.clone());
@@ -340,17 +357,20 @@ impl<B: Backend> Usp<B> {
             return Ok(());
         };
         let j = inputs.joint.unwrap_or([inputs.q, inputs.k, inputs.v]);
-        let (jdout, jlse) = joint.map_or((rows.dout, rows.lse), |j| (j.dout, j.lse));
-        let sources =
-            [inputs.q, j[0], inputs.k, j[1], inputs.v, j[2], rows.dout, jdout, rows.lse, jlse, delta[0], delta[1]];
+        let sources = [inputs.q, j[0], inputs.k, j[1], inputs.v, j[2], rows.dout, joint.map_or(rows.dout, |j| j.dout)];
         let targets = targets([gradients.dq, gradients.dk, gradients.dv], gradients.joint);
         ulysses.start(run)?;
-        let mut gathered = Some(ulysses.gather(run, 0, &sources)?);
+        ulysses.gather(run, 0, &sources)?;
+        let delta = self.queue_delta(run, pass, inputs, rows, joint)?;
+        let lse = self.queue_lse(run, pass, rows, joint)?;
+        self.queue_sinks(run, pass, gradients)?;
+        run.order(run.compute, run.transfer)?;
+        let mut gathered = Some(ulysses.gather_rows(run, &[lse[0], lse[1], delta[0], delta[1]])?);
         for g in 0..groups {
             run.wait(run.compute, gathered.take().as_ref())?;
-            let (b, r) = (ulysses.inputs(run, g)?, ulysses.outputs(run, g)?);
+            let (b, s, r) = (ulysses.inputs(run, g)?, ulysses.rows(run, g)?, ulysses.outputs(run, g)?);
             let sum = self.dq_sum(run, pass, g)?;
-            ring.backward(g, [b[0], b[1], b[2]], [b[3], b[4], b[5]], [r[0], r[1], r[2]], sum, extras, &mut || {
+            ring.backward(g, [b[0], b[1], b[2]], [b[3], s[0], s[1]], [r[0], r[1], r[2]], sum, extras, &mut || {
                 if g + 1 < groups {
                     gathered = Some(ulysses.gather(run, g + 1, &sources)?);
                 }
