@@ -80,9 +80,9 @@ impl<'a, B: Backend> Run<'a, B> {
         self.spanned(Work::Compute, self.compute, Step { phase: "sum", index: index as u32 }, 0, queue)
     }
 
-    /// Queues copies of this rank's own results of head group `group` on the caller's stream.
-    pub fn keep(&self, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.spanned(Work::Compute, self.compute, Step { phase: "keep", index: group as u32 }, 0, queue)
+    /// Queues copies of this rank's own inputs (`take`) or results (`keep`) of head group `group` on the caller's stream.
+    pub fn own(&self, phase: &'static str, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.spanned(Work::Compute, self.compute, Step { phase, index: group as u32 }, 0, queue)
     }
 
     /// Queues copies and sums of what came for head group `group` on the transfer stream.

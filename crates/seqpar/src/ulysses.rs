@@ -4,10 +4,11 @@
 //! block for its own heads. One exchange moves all tensors, a view each, whatever their strides:
 //!
 //! ```text
-//! gather(g):  for each Ulysses rank p, each input tensor x:
+//! gather(g):  for each other Ulysses rank p, each input tensor x:
 //!                 send     x[my rows, heads(p, g)]           -> p
 //!                 receive  block[rows of p, my heads(g)]     <- p
 //! gather_rows: the same with lse and delta, for all groups at once
+//! take(g):    copy x[my rows, my heads(g)] to the block
 //! give_back(g): for each other Ulysses rank p, each output tensor y:
 //!                 send     block[rows of p, my heads(g)]     -> p
 //!                 receive  packed[my rows, heads(p, g)]      <- p
@@ -16,22 +17,26 @@
 //!             summed instead, in the order of groups and ranks, and rounded once at the end.
 //! ```
 //!
-//! Messages need no kernel, but `keep` and `collect` do, and a kernel beside attention waits for its end, and what is queued
-//! behind it with it. So they come one group later, between two attentions, and after the last one beside its messages:
+//! Messages may need no kernel, but copies within a device do, and a kernel beside attention waits for its end, and what is
+//! queued behind it with it. So they come between two attentions, before the first one and after the last one beside messages:
 //!
 //! ```text
-//! transfer: gather(g + 1)     collect(g - 1), give_back(g)     gather(g + 2)       ...
-//! compute:  attention(g)      keep(g - 1)                      attention(g + 1)    ...
+//! transfer: gather(0)             gather(g + 1)     collect(g - 1), give_back(g)     gather(g + 2)       ...
+//! compute:  take(0), take(1)      attention(g)      keep(g - 1), take(g + 2)         attention(g + 1)    ...
 //! ```
 //!
 //! Head counts need not divide: see [`crate::heads`]. Joint tokens are a second source of rows; after the last group every
 //! rank shares its joint rows of the results with all ranks, so replicas are bitwise equal.
 
+use std::ops::Range;
+
 use longspan_hal::{Backend, Device, Error, Result, View, ViewMut};
 
 use crate::message::Prepared;
+use crate::rows::Segment;
 use crate::run::{Event, Run, missing};
-use crate::ulysses_layout::{Gathering, block_extent, local_parts, packed_heads};
+use crate::ulysses_layout::{Gathering, Kind, ROWS, SLOTS, block_extent, local_parts, packed_heads};
+use crate::workspace::Region;
 
 /// The all-to-alls of one pass: layout and exchanges, by head group.
 #[derive(Debug)]
@@ -58,10 +63,37 @@ impl<B: Backend> Ulysses<B> {
         run.exchange(&self.gather[g], sources)
     }
 
-    /// Queues the all-to-all of lse and delta, of all groups; sources as those of [`Ulysses::gather`].
+    /// Queues the all-to-all of lse and delta, of all groups, and the copies of this rank's own part; sources as those of
+    /// [`Ulysses::gather`].
     pub fn gather_rows(&self, run: &Run<'_, B>, sources: &[View<'_, B::Device>]) -> Result<Event<B>> {
         let rows = self.gather_rows.as_ref().ok_or_else(|| Error::invalid("backward", "it was not laid out"))?;
-        run.exchange(rows, sources)
+        let gathered = run.exchange(rows, sources)?;
+        let heads = run.plan.cut.of_rank(run.plan.at.ulysses as usize);
+        let blocks: Vec<_> = self.layout.rows.iter().zip(ROWS).map(|(r, kind)| (kind, heads.clone(), *r)).collect();
+        take(run, &blocks, sources)?;
+        Ok(gathered)
+    }
+
+    /// Queues copies of this rank's own part of the blocks of the first head groups.
+    pub fn take_first(&self, run: &Run<'_, B>, sources: &[View<'_, B::Device>]) -> Result<()> {
+        (0..SLOTS).try_for_each(|g| self.take(run, g, sources))
+    }
+
+    /// Queues copies of this rank's own part of the blocks of group `g`, if there is one, behind the attention that read its
+    /// slot last.
+    pub fn take(&self, run: &Run<'_, B>, g: usize, sources: &[View<'_, B::Device>]) -> Result<()> {
+        if g >= run.plan.cut.groups() {
+            return Ok(());
+        }
+        let kinds = self.layout.inputs.iter().zip(&self.layout.slot(g).inputs);
+        let blocks = kinds.map(|(kind, region)| {
+            let block = region.with_extent(block_extent(run.plan, *kind, g))?;
+            Ok((*kind, kind.heads(run.plan, g).clone(), block))
+        });
+        let blocks = blocks.collect::<Result<Vec<_>>>()?;
+        run.own("take", g, || take(run, &blocks, sources))?;
+        // The ring sends what was taken on.
+        run.order(run.compute, run.transfer)
     }
 
     /// lse and delta of the block, the heads of group `g`.
@@ -103,10 +135,10 @@ impl<B: Backend> Ulysses<B> {
         run.order(run.compute, run.transfer)?;
         run.exchange(&self.give_back[g], &self.results(run, g)?)?;
         if g > 0 {
-            run.keep(g - 1, || self.keep(run, g - 1, targets))?;
+            run.own("keep", g - 1, || self.keep(run, g - 1, targets))?;
         }
         if last {
-            run.keep(g, || self.keep(run, g, targets))?;
+            run.own("keep", g, || self.keep(run, g, targets))?;
             run.collect(g, || self.collect(run, g, targets))?;
         }
         Ok(())
@@ -186,7 +218,7 @@ impl<B: Backend> Ulysses<B> {
     }
 
     /// The f32 sum of output `i`, where its heads are replicated.
-    fn sum(&self, i: usize) -> Option<&crate::workspace::Region> {
+    fn sum(&self, i: usize) -> Option<&Region> {
         if self.layout.sums.is_empty() { None } else { i.checked_sub(1).and_then(|i| self.layout.sums.get(i)) }
     }
 
@@ -204,4 +236,21 @@ impl<B: Backend> Ulysses<B> {
             (_, None) => Ok(None),
         }
     }
+}
+
+/// Copies this rank's own rows and heads of `sources` to its blocks, on the compute stream.
+fn take<B: Backend>(
+    run: &Run<'_, B>,
+    blocks: &[(Kind, Range<usize>, Region)],
+    sources: &[View<'_, B::Device>],
+) -> Result<()> {
+    for (i, (kind, heads, block)) in blocks.iter().enumerate() {
+        let block = run.workspace.view_mut(block)?;
+        for (part, Segment { block: rows, source }) in kind.rows(run.plan).segments(run.plan.at).into_iter().enumerate()
+        {
+            let from = sources[2 * i + part].narrow(1, source)?.narrow(2, heads.clone())?;
+            run.copy(run.compute, from, block.narrow(1, rows)?)?;
+        }
+    }
+    Ok(())
 }

@@ -71,8 +71,11 @@ fn outputs(plan: &Plan, backward: bool) -> Vec<Kind> {
     vec![kind(Query, p.head_dim, p.dtype), kind(Kv, p.head_dim, shared), kind(Kv, p.head_dim_v, shared)]
 }
 
+/// lse and delta.
+pub(crate) const ROWS: [Kind; 2] = [Kind { which: Which::Query, dim: 1, dtype: DType::F32 }; 2];
+
 /// Head groups in flight: one travels while the other computes.
-const SLOTS: usize = 2;
+pub(crate) const SLOTS: usize = 2;
 
 /// The memory of one head group in flight.
 #[derive(Clone, Debug)]
@@ -202,15 +205,14 @@ fn peers(plan: &Plan) -> impl Iterator<Item = (usize, Coords, u32)> {
 
 /// lse and delta of the block, and the messages that bring them: once a pass, for all head groups.
 fn gather_rows(plan: &Plan, arena: &mut Arena) -> Result<(Vec<Region>, Messages)> {
-    let kinds = [Kind { which: Which::Query, dim: 1, dtype: DType::F32 }; 2];
     let own = plan.cut.of_rank(plan.at.ulysses as usize).len();
     let mut take = || arena.take(Place::Window, DType::F32, [plan.problem.batch, plan.q_block(), own, 1]);
     let blocks = vec![take()?, take()?];
-    let messages = gather(plan, &kinds, |_, u| plan.cut.of_rank(u), &blocks)?;
+    let messages = gather(plan, &ROWS, |_, u| plan.cut.of_rank(u), &blocks)?;
     Ok((blocks, messages))
 }
 
-/// Each rank `u` gets its heads, `of(kind, u)`. Sources are, for each input, the shard and the joint tensor.
+/// Each other rank `u` gets its heads, `of(kind, u)`. Sources are, for each input, the shard and the joint tensor.
 fn gather(
     plan: &Plan,
     kinds: &[Kind],
@@ -218,7 +220,7 @@ fn gather(
     blocks: &[Region],
 ) -> Result<Messages> {
     let mut messages = Messages::default();
-    for (u, at, peer) in peers(plan) {
+    for (u, at, peer) in peers(plan).filter(|(_, at, _)| *at != plan.at) {
         for (i, kind) in kinds.iter().enumerate() {
             let heads = of(kind.which, u);
             for (part, Segment { source, .. }) in kind.rows(plan).segments(plan.at).into_iter().enumerate() {

@@ -216,6 +216,7 @@ impl<B: Backend> Usp<B> {
         let sources = [inputs.q, joint[0], inputs.k, joint[1], inputs.v, joint[2]];
         let targets = targets([outputs.out, outputs.lse], outputs.joint);
         let mut gathered = Some(ulysses.gather(run, 0, &sources)?);
+        ulysses.take_first(run, &sources)?;
         for g in 0..self.plan.cut.groups() {
             run.wait(run.compute, gathered.take().as_ref())?;
             let (blocks, results) = (ulysses.inputs(run, g)?, ulysses.outputs(run, g)?);
@@ -226,6 +227,7 @@ impl<B: Backend> Usp<B> {
                 Ok(())
             })?;
             ulysses.give_back(run, g, &targets)?;
+            ulysses.take(run, g + 2, &sources)?;
         }
         ulysses.finish(run, &targets)
     }
@@ -365,6 +367,7 @@ impl<B: Backend> Usp<B> {
         let lse = self.queue_lse(run, pass, rows, joint)?;
         self.queue_sinks(run, pass, gradients)?;
         run.order(run.compute, run.transfer)?;
+        ulysses.take_first(run, &sources)?;
         let mut gathered = Some(ulysses.gather_rows(run, &[lse[0], lse[1], delta[0], delta[1]])?);
         for g in 0..groups {
             run.wait(run.compute, gathered.take().as_ref())?;
@@ -377,6 +380,7 @@ impl<B: Backend> Usp<B> {
                 Ok(())
             })?;
             ulysses.give_back(run, g, &targets)?;
+            ulysses.take(run, g + 2, &sources)?;
         }
         ulysses.finish(run, &targets)
     }
