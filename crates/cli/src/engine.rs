@@ -129,7 +129,8 @@ fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>, recorded: bool
     Ok(Rank { forward, gradients, figures, recorded: recorded.then_some((report, traffic)) })
 }
 
-fn problem(job: &Job) -> Problem {
+/// The problem of a job.
+pub(crate) fn problem(job: &Job) -> Problem {
     let [batch, _, heads, head_dim] = job.q.extent();
     Problem::new(job.dtype(), batch, [heads, job.kv_heads()], head_dim)
         .with_head_dim_v(job.v.extent()[3])

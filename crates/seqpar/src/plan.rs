@@ -2,7 +2,7 @@
 
 use longspan_hal::{Error, Result, Slice, Spec};
 
-use crate::heads::HeadCut;
+use crate::heads::{HeadCut, head_groups};
 use crate::pass::PassLayout;
 use crate::rows::{self, Rows};
 use crate::{Bytes, Coords, Layout, Mask, Mesh, Needed, Problem, Route, Way};
@@ -75,6 +75,7 @@ impl Plan {
         let (q, k) =
             (Rows { layout: q.clone(), joint: problem.joint }, Rows { layout: k.clone(), joint: problem.joint });
         let legs = legs(problem, &q, &k, mask, at.ring)?;
+        let groups = head_groups(problem, &mesh, [q.layout.seq(), k.layout.seq()]);
         Ok(Self {
             problem: problem.clone(),
             mesh,
@@ -83,7 +84,7 @@ impl Plan {
             q,
             k,
             mask: mask.clone(),
-            cut: HeadCut::new(problem, mesh.ulysses()),
+            cut: HeadCut::new(problem, mesh.ulysses(), groups),
             legs,
         })
     }
@@ -91,6 +92,11 @@ impl Plan {
     /// The problem.
     pub fn problem(&self) -> &Problem {
         &self.problem
+    }
+
+    /// Head groups of the all-to-all, as set in the problem or chosen.
+    pub fn head_groups(&self) -> usize {
+        self.cut.groups()
     }
 
     /// The mesh.
