@@ -57,7 +57,8 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
     }
 
     /// The forward of head group `g`: attends with the own block and with every block that comes round. `travelling` queues
-    /// what the next head group needs, behind the last hop.
+    /// what the next head group needs: behind the last hop, and behind the last attention, which no device should await its
+    /// host for.
     pub fn forward(
         &mut self,
         g: usize,
@@ -70,9 +71,6 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         let mut arrived = None;
         for t in 0..steps {
             let next = if t + 1 < steps { Some(self.hop(g, t + 1, [k, v])?) } else { None };
-            if next.is_none() {
-                travelling()?;
-            }
             run.wait(run.compute, arrived.as_ref())?;
             let stage = match self.partial(g)? {
                 None => Stage::All { out, lse },
@@ -88,6 +86,9 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
                 run.compute("attention forward", g * steps + t, || {
                     run.member.attention.forward(run.compute, &self.plans[g][t], &args)
                 })?;
+            }
+            if next.is_none() {
+                travelling()?;
             }
             self.read(t)?;
             arrived = next;
@@ -113,9 +114,6 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         let (mut arrived, mut returned) = (None, None);
         for t in 0..steps {
             let next = if t + 1 < steps { Some(self.hop(g, t + 1, [k, v])?) } else { None };
-            if next.is_none() {
-                travelling()?;
-            }
             run.wait(run.compute, arrived.as_ref())?;
             let leg = &run.plan.legs[t];
             let idle = leg.slices.is_empty() && leg.needed.is_empty() && t > 0;
@@ -133,6 +131,9 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
                 run.compute("attention backward", g * steps + t, || {
                     run.member.attention.backward(run.compute, &self.plans[g][t], &args)
                 })?;
+            }
+            if next.is_none() {
+                travelling()?;
             }
             self.read(t)?;
             if let Some((ring, gradients)) = self.gradients() {
