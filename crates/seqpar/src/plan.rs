@@ -1,5 +1,7 @@
 //! What one rank will do, worked out without a device: rows, heads, slices, routes and the bytes they move.
 
+use std::ops::Range;
+
 use longspan_hal::{Error, Result, Slice, Spec};
 
 use crate::heads::{HeadCut, head_groups};
@@ -173,25 +175,29 @@ impl Plan {
         (self.ring_peer(self.at.ring + 1), self.ring_peer(self.at.ring + self.mesh.ring() - 1))
     }
 
-    /// The spec of this rank's attention in head group `g`, ring step `t`.
-    pub(crate) fn spec(&self, g: usize, t: usize) -> Spec {
+    /// Whether direct runs come home before the last step, so that they are added to own gradients that are not whole yet.
+    pub(crate) fn comes_home_early(&self) -> bool {
+        self.legs.iter().rev().skip(1).any(|leg| !leg.asked.is_empty())
+    }
+
+    /// Key rows of the own block with which a ring's backward attends first, and those with which it attends last.
+    pub(crate) fn halves(&self) -> [Range<usize>; 2] {
+        let (half, all) = (self.k_block() / 2, self.k_block());
+        [0..half, half..all]
+    }
+
+    /// The spec of this rank's attention in head group `g` with `rows` keys.
+    pub(crate) fn spec(&self, g: usize, rows: usize) -> Spec {
         let q = &self.cut.of(g, self.at.ulysses as usize).q;
         self.problem
-            .spec([self.q_block(), self.legs[t].rows])
+            .spec([self.q_block(), rows])
             .with_head_cut(q.start, q.len(), self.problem.heads, self.problem.group())
             .with_partial(self.mesh.ring() > 1)
             .with_accumulate(self.problem.backward && self.accumulates())
     }
 }
 
-/// Runs needed and asked for at step `t` where everybody needs every block whole, of `rows` rows, the own one of `own`.
-fn whole_blocks(t: u32, ring: u32, rows: usize, own: usize) -> (Vec<Needed>, Vec<Needed>) {
-    let way = if ring == 2 { Way::Direct } else { Way::Hop };
-    let run = |rows| if rows == 0 { Vec::new() } else { vec![Needed { run: 0, rows: 0..rows, way }] };
-    (run(rows), run(if t > 0 && way == Way::Direct { own } else { 0 }))
-}
-
-/// The steps of ring rank `r`: from the route, or, with joint tokens, with every block whole.
+/// The steps of ring rank `r`: from the route, or, with joint tokens, every block hopping whole.
 fn legs(problem: &Problem, q: &Rows, k: &Rows, mask: &Mask, r: u32) -> Result<Vec<Leg>> {
     let ring = k.layout.mesh().ring();
     let batch = u32::try_from(problem.batch).map_err(|_| Error::invalid("batch", "it is over 2^32"))?;
@@ -202,7 +208,8 @@ fn legs(problem: &Problem, q: &Rows, k: &Rows, mask: &Mask, r: u32) -> Result<Ve
             let rows = k.block(owner);
             let (needed, asked) = match &route {
                 Some(route) => (route.needed(t).to_vec(), if t == 0 { Vec::new() } else { route.asked(t).to_vec() }),
-                None => whole_blocks(t, ring, rows, k.block(r)),
+                None if rows == 0 => (Vec::new(), Vec::new()),
+                None => (vec![Needed { run: 0, rows: 0..rows, way: Way::Hop }], Vec::new()),
             };
             let slices = rows::slices(mask, q, r, k, owner, batch)?;
             Ok(Leg { owner, rows, needed, asked, slices })

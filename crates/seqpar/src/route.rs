@@ -5,18 +5,19 @@
 //!
 //! ```text
 //! way(o, i) = Hop      if n(r, o, i) for every r:   it hops round the ring, r -> r + 1, one hop a step
-//!             Direct   otherwise, and in a ring of two, where both are one message, but a gradient goes home at once:
-//!                                                   the owner sends it to each r that needs it
+//!             Direct   otherwise:                   the owner sends it to each r that needs it
 //!
 //! forward, ring rank r, block(t) = r - t mod R:
 //!     for t in 0..R:
 //!         if t > 0:  receive the Hop runs of block(t) from r - 1, its Direct runs from block(t) itself
 //!                    send the Hop runs of block(t - 1) to r + 1, and asked(t), own Direct runs, to r + t
 //!         attend with needed(t)
-//! backward, in addition, after attending at step t:
+//! backward, in addition, after attending at step t > 0:
 //!     send the sums of the gradients of the Hop runs of block(t) to r + 1     (home after step R - 1)
-//!     if t > 0:  send the gradients of the Direct runs of block(t) to block(t), which receives asked(t)'s from r + t
+//!     send the gradients of the Direct runs of block(t) to block(t), which receives asked(t)'s from r + t
 //! ```
+//!
+//! The owner's own gradients stay at home.
 //!
 //! Every rank derives its view from the same layouts and mask, so what one sends is what another expects. What no one needs
 //! does not travel, and there are no empty runs.
@@ -33,7 +34,7 @@ use crate::mask::{Mask, Shape, width};
 pub enum Way {
     /// From the owner to each ring rank that needs it; gradients go straight home.
     Direct,
-    /// Round a ring of more than two, since every ring rank needs it; sums of gradients travel behind it.
+    /// Round the ring, since every ring rank needs it; sums of gradients travel behind it.
     Hop,
 }
 
@@ -143,15 +144,12 @@ impl Route {
         })
     }
 
-    /// What this ring rank sends home in a backward (dK/dV rows), after each step; one entry per receiver and step, none
-    /// without rows.
+    /// What this ring rank sends home in a backward (dK/dV rows), after each step but the first; one entry per receiver and
+    /// step, none without rows.
     pub fn returns(&self) -> impl Iterator<Item = Transfer> + '_ {
-        // A ring of one rank sends nothing.
-        let steps = if self.ring == 1 { 0..0 } else { 0..self.ring };
-        steps.flat_map(|step| {
-            let hops = (self.next(), rows(self.hops(step)));
-            let direct = (self.block(step), if step == 0 { 0 } else { rows(self.direct(step)) });
-            self.messages(step, hops, direct)
+        (1..self.ring).flat_map(|step| {
+            let (hops, direct) = (rows(self.hops(step)), rows(self.direct(step)));
+            self.messages(step, (self.next(), hops), (self.block(step), direct))
         })
     }
 
@@ -243,8 +241,7 @@ impl<'a> Needs<'a> {
         let mut block = Vec::new();
         for (n, run) in self.k.ring_runs(owner).iter().enumerate() {
             if wanted(run)? {
-                let hops = self.q.mesh().ring() > 2 && self.all(owner, run)?;
-                let way = if hops { Way::Hop } else { Way::Direct };
+                let way = if self.all(owner, run)? { Way::Hop } else { Way::Direct };
                 block.push(Needed { run: n, rows: self.k.run_rows(owner, n), way });
             }
         }

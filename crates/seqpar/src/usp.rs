@@ -17,8 +17,8 @@
 use std::cell::RefCell;
 
 use longspan_hal::{
-    Attention, Backend, Collective, DType, Device, Error, Extent, Extras, Prepare, Priority, Result, Slices, View,
-    ViewMut,
+    Attention, Backend, Collective, DType, Device, Error, Extent, Extras, Prepare, Priority, Result, Slice, Slices,
+    View, ViewMut,
 };
 
 use crate::pass::{Pass, PassLayout};
@@ -155,8 +155,15 @@ impl<B: Backend> Usp<B> {
 
     /// Names of the kernels that a forward (or backward) runs, each once.
     pub fn kernels(&self, member: &Member<B>, backward: bool) -> Vec<String> {
-        let mut names: Vec<String> =
-            self.kernels.iter().flatten().flat_map(|plan| member.attention.kernels(plan, backward)).collect();
+        let halves = self.kernels.halves.iter().flatten().filter(|_| backward);
+        let mut names: Vec<String> = self
+            .kernels
+            .steps
+            .iter()
+            .flatten()
+            .chain(halves)
+            .flat_map(|plan| member.attention.kernels(plan, backward))
+            .collect();
         names.sort();
         names.dedup();
         names
@@ -460,24 +467,31 @@ impl<B: Backend> Usp<B> {
     }
 }
 
-/// Kernel plans by head group and step, the scratch that the largest call needs, and the bytes of all plans.
+/// Kernel plans, the scratch that the largest call needs, and the bytes of all plans.
 fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> Result<(KernelPlans<B>, usize, usize)> {
     let (mut scratch, mut lists) = (0, 0);
-    let mut groups = Vec::with_capacity(plan.cut.groups());
-    for g in 0..plan.cut.groups() {
-        let mut steps = Vec::with_capacity(plan.legs.len());
-        for (t, leg) in plan.legs.iter().enumerate() {
-            let spec = plan.spec(g, t);
-            member.attention.supports(&spec)?;
-            let slices = Slices::new(&spec, leg.slices.iter().cloned())?;
-            let kernel = member.attention.plan(on, &spec, &slices)?;
-            scratch = scratch.max(member.attention.scratch_bytes(&kernel));
-            lists += member.attention.plan_bytes(&kernel);
-            steps.push(kernel);
+    let mut of = |g: usize, rows: usize, slices: Vec<Slice>| {
+        let spec = plan.spec(g, rows);
+        member.attention.supports(&spec)?;
+        let kernel = member.attention.plan(on, &spec, &Slices::new(&spec, slices)?)?;
+        scratch = scratch.max(member.attention.scratch_bytes(&kernel));
+        lists += member.attention.plan_bytes(&kernel);
+        Ok(kernel)
+    };
+    let groups = 0..plan.cut.groups();
+    let mut kernels = KernelPlans { steps: Vec::with_capacity(groups.len()), halves: Vec::new() };
+    for g in groups {
+        let steps = plan.legs.iter().map(|leg| of(g, leg.rows, leg.slices.clone()));
+        kernels.steps.push(steps.collect::<Result<_>>()?);
+        if plan.problem.backward && plan.mesh.ring() > 1 {
+            let [first, second] = plan.halves().map(|rows| {
+                let keys = rows.start as u32..rows.end as u32;
+                of(g, rows.len(), plan.legs[0].slices.iter().map(|s| s.of_keys(keys.clone())).collect())
+            });
+            kernels.halves.push([first?, second?]);
         }
-        groups.push(steps);
     }
-    Ok((groups, scratch, lists))
+    Ok((kernels, scratch, lists))
 }
 
 fn targets<'a, B: Backend, const N: usize>(
