@@ -18,11 +18,13 @@
 //! ```
 //!
 //! Messages may need no kernel, but copies within a device do, and a kernel beside attention waits for its end, and what is
-//! queued behind it with it. So they come between two attentions, before the first one and after the last one beside messages:
+//! queued behind it with it. So they have a stream of their own, `aside`, where they find room as attention ends, and the first
+//! and the last ones are beside messages:
 //!
 //! ```text
-//! transfer: gather(0)             gather(g + 1)     collect(g - 1), give_back(g)     gather(g + 2)       ...
-//! compute:  take(0), take(1)      attention(g)      keep(g - 1), take(g + 2)         attention(g + 1)    ...
+//! transfer: gather(0)             gather(1)         give_back(0)                   gather(2)         ...
+//! compute:  -                     attention(0)                                     attention(1)      ...
+//! aside:    take(0), take(1)                        keep(0), take(2), collect(0)                     ...
 //! ```
 //!
 //! Head counts need not divide: see [`crate::heads`]. Joint tokens are a second source of rows; after the last group every
@@ -34,7 +36,7 @@ use longspan_hal::{Backend, Device, Error, Result, View, ViewMut};
 
 use crate::message::Prepared;
 use crate::rows::Segment;
-use crate::run::{Event, Run, missing};
+use crate::run::{Event, Run, Stream, missing};
 use crate::ulysses_layout::{Gathering, Kind, ROWS, SLOTS, block_extent, local_parts, packed_heads};
 use crate::workspace::Region;
 
@@ -55,6 +57,14 @@ pub(crate) struct Target<'a, B: Backend> {
     pub joint: Option<ViewMut<'a, B::Device>>,
 }
 
+/// How far the copies of one pass are queued.
+pub(crate) struct Copies<B: Backend> {
+    /// Behind this rank's own part of the blocks, by slot.
+    taken: [Option<Event<B>>; SLOTS],
+    /// Behind what came last.
+    collected: Option<Event<B>>,
+}
+
 impl<B: Backend> Ulysses<B> {
     /// Queues the all-to-all of group `g` towards heads; `sources` are, for each input, the shard and the joint tensor.
     ///
@@ -70,20 +80,51 @@ impl<B: Backend> Ulysses<B> {
         let gathered = run.exchange(rows, sources)?;
         let heads = run.plan.cut.of_rank(run.plan.at.ulysses as usize);
         let blocks: Vec<_> = self.layout.rows.iter().zip(ROWS).map(|(r, kind)| (kind, heads.clone(), *r)).collect();
-        take(run, &blocks, sources)?;
+        take(run, run.compute, &blocks, sources)?;
         Ok(gathered)
     }
 
     /// Queues copies of this rank's own part of the blocks of the first head groups.
-    pub fn take_first(&self, run: &Run<'_, B>, sources: &[View<'_, B::Device>]) -> Result<()> {
-        (0..SLOTS).try_for_each(|g| self.take(run, g, sources))
+    pub fn first(&self, run: &Run<'_, B>, sources: &[View<'_, B::Device>]) -> Result<Copies<B>> {
+        let taken = [self.take(run, 0, sources)?, self.take(run, 1, sources)?];
+        Ok(Copies { taken, collected: None })
     }
 
-    /// Queues copies of this rank's own part of the blocks of group `g`, if there is one, behind the attention that read its
-    /// slot last.
-    pub fn take(&self, run: &Run<'_, B>, g: usize, sources: &[View<'_, B::Device>]) -> Result<()> {
+    /// What reads the blocks of group `g` from now on waits for this rank's own part of them: attention, and the ring.
+    pub fn before(&self, run: &Run<'_, B>, g: usize, copies: &Copies<B>) -> Result<()> {
+        let taken = copies.taken[g % SLOTS].as_ref();
+        run.wait(run.compute, taken)?;
+        run.wait(run.transfer, taken)
+    }
+
+    /// Queues, behind the compute queued so far: the all-to-all of group `g` back to rows, this rank's own part of it, what came,
+    /// and its own part of the group that has the slot next.
+    pub fn after(
+        &self,
+        run: &Run<'_, B>,
+        g: usize,
+        sources: &[View<'_, B::Device>],
+        targets: &[Target<'_, B>],
+        copies: &mut Copies<B>,
+    ) -> Result<()> {
+        let attended = run.record(run.compute)?;
+        run.wait(run.transfer, Some(&attended))?;
+        run.wait(run.aside, Some(&attended))?;
+        // `packed` is free.
+        run.wait(run.transfer, copies.collected.as_ref())?;
+        let gave = run.exchange(&self.give_back[g], &self.results(run, g)?)?;
+        run.aside("keep", g, || self.keep(run, g, targets))?;
+        copies.taken[g % SLOTS] = self.take(run, g + SLOTS, sources)?;
+        run.wait(run.aside, Some(&gave))?;
+        run.aside("collect", g, || self.collect(run, g, targets))?;
+        copies.collected = Some(run.record(run.aside)?);
+        Ok(())
+    }
+
+    /// Queues copies of this rank's own part of the blocks of group `g`, if there is one.
+    fn take(&self, run: &Run<'_, B>, g: usize, sources: &[View<'_, B::Device>]) -> Result<Option<Event<B>>> {
         if g >= run.plan.cut.groups() {
-            return Ok(());
+            return Ok(None);
         }
         let kinds = self.layout.inputs.iter().zip(&self.layout.slot(g).inputs);
         let blocks = kinds.map(|(kind, region)| {
@@ -91,9 +132,8 @@ impl<B: Backend> Ulysses<B> {
             Ok((*kind, kind.heads(run.plan, g).clone(), block))
         });
         let blocks = blocks.collect::<Result<Vec<_>>>()?;
-        run.own("take", g, || take(run, &blocks, sources))?;
-        // The ring sends what was taken on.
-        run.order(run.compute, run.transfer)
+        run.aside("take", g, || take(run, run.aside, &blocks, sources))?;
+        run.record(run.aside).map(Some)
     }
 
     /// lse and delta of the block, the heads of group `g`.
@@ -120,26 +160,7 @@ impl<B: Backend> Ulysses<B> {
     /// Queues, before the first group: f32 sums of replicated KV heads start at 0.
     pub fn start(&self, run: &Run<'_, B>) -> Result<()> {
         for region in self.layout.sums.iter().filter(|r| !r.at.is_empty()) {
-            run.member.device.fill(run.transfer, 0.0, run.workspace.view_mut(region)?)?;
-        }
-        Ok(())
-    }
-
-    /// Queues the all-to-all of group `g` back to rows, behind the compute queued so far, and collects and keeps the results of
-    /// the group before, and after the last one its own.
-    pub fn give_back(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
-        let last = g + 1 == run.plan.cut.groups();
-        if g > 0 {
-            run.collect(g - 1, || self.collect(run, g - 1, targets))?;
-        }
-        run.order(run.compute, run.transfer)?;
-        run.exchange(&self.give_back[g], &self.results(run, g)?)?;
-        if g > 0 {
-            run.own("keep", g - 1, || self.keep(run, g - 1, targets))?;
-        }
-        if last {
-            run.own("keep", g, || self.keep(run, g, targets))?;
-            run.collect(g, || self.collect(run, g, targets))?;
+            run.member.device.fill(run.aside, 0.0, run.workspace.view_mut(region)?)?;
         }
         Ok(())
     }
@@ -156,7 +177,7 @@ impl<B: Backend> Ulysses<B> {
             let heads = kind.heads(run.plan, g);
             for (part, segment) in kind.rows(run.plan).segments(run.plan.at).into_iter().enumerate() {
                 if let Some(into) = self.own(run, i, part, targets)? {
-                    run.copy(run.compute, results[i].narrow(1, segment.block)?, into.narrow(2, heads.clone())?)?;
+                    run.copy(run.aside, results[i].narrow(1, segment.block)?, into.narrow(2, heads.clone())?)?;
                 }
             }
         }
@@ -177,9 +198,9 @@ impl<B: Backend> Ulysses<B> {
                     let came = packed.narrow(1, rows.clone())?.narrow(2, place.clone())?;
                     if let Some(sum) = self.sum(i) {
                         let sum = run.workspace.view_mut(sum)?.narrow(1, rows)?.narrow(2, of_rank.clone())?;
-                        run.accumulate(run.transfer, sum, &[sum.read(), came])?;
+                        run.accumulate(run.aside, sum, &[sum.read(), came])?;
                     } else if let Some(into) = self.own(run, i, part, targets)? {
-                        run.copy(run.transfer, came, into.narrow(2, of_rank.clone())?)?;
+                        run.copy(run.aside, came, into.narrow(2, of_rank.clone())?)?;
                     }
                 }
             }
@@ -190,14 +211,13 @@ impl<B: Backend> Ulysses<B> {
     /// Queues, after the last group: sums are rounded, joint rows are shared.
     pub fn finish(&self, run: &Run<'_, B>, targets: &[Target<'_, B>]) -> Result<()> {
         if !self.layout.sums.is_empty() {
-            run.collect(run.plan.cut.groups() - 1, || self.round(run, targets))?;
+            run.aside("collect", run.plan.cut.groups() - 1, || self.round(run, targets))?;
         }
         let (Some(joint), Some(share)) = (&self.layout.joint, &self.share) else {
             return Ok(());
         };
         let own = joint.own.iter().map(|r| run.workspace.view(r)).collect::<Result<Vec<_>>>()?;
-        // Some of them were kept on the compute stream.
-        run.order(run.compute, run.transfer)?;
+        run.order(run.aside, run.transfer)?;
         run.exchange(share, &own)?;
         for (all, target) in joint.all.iter().zip(targets) {
             run.copy(run.transfer, run.workspace.view(all)?, target.joint.ok_or_else(|| missing("joint"))?)?;
@@ -210,7 +230,7 @@ impl<B: Backend> Ulysses<B> {
             let Some(sum) = self.sum(i) else { continue };
             for (part, rows) in local_parts(run.plan, *kind).into_iter().enumerate() {
                 if let Some(into) = self.own(run, i, part, targets)? {
-                    run.accumulate(run.transfer, into, &[run.workspace.view(sum)?.narrow(1, rows)?])?;
+                    run.accumulate(run.aside, into, &[run.workspace.view(sum)?.narrow(1, rows)?])?;
                 }
             }
         }
@@ -238,9 +258,10 @@ impl<B: Backend> Ulysses<B> {
     }
 }
 
-/// Copies this rank's own rows and heads of `sources` to its blocks, on the compute stream.
+/// Copies this rank's own rows and heads of `sources` to its blocks.
 fn take<B: Backend>(
     run: &Run<'_, B>,
+    on: &Stream<B>,
     blocks: &[(Kind, Range<usize>, Region)],
     sources: &[View<'_, B::Device>],
 ) -> Result<()> {
@@ -249,7 +270,7 @@ fn take<B: Backend>(
         for (part, Segment { block: rows, source }) in kind.rows(run.plan).segments(run.plan.at).into_iter().enumerate()
         {
             let from = sources[2 * i + part].narrow(1, source)?.narrow(2, heads.clone())?;
-            run.copy(run.compute, from, block.narrow(1, rows)?)?;
+            run.copy(on, from, block.narrow(1, rows)?)?;
         }
     }
     Ok(())

@@ -87,8 +87,8 @@ pub struct Gradients<'a, D: Device> {
     pub dsinks: Option<ViewMut<'a, D>>,
 }
 
-/// The caller's stream and that of transfers.
-const STREAMS: usize = 2;
+/// The caller's stream, that of transfers, and that of copies beside both.
+const STREAMS: usize = 3;
 
 /// One rank's attention, ready to run any number of times (all layers of a model share it).
 #[derive(Debug)]
@@ -98,6 +98,7 @@ pub struct Usp<B: Backend> {
     scratch: Option<Buffer<B>>,
     bytes: Bytes,
     transfer: Stream<B>,
+    aside: Stream<B>,
     kernels: KernelPlans<B>,
     forward: Pass<B>,
     backward: Option<Pass<B>>,
@@ -134,12 +135,13 @@ impl<B: Backend> Usp<B> {
         let workspace = Workspace { window: member.collective.window(bytes.window)?, buffer: memory(bytes.buffer)? };
         let scratch = if scratch_bytes > 0 { Some(memory(scratch_bytes)?) } else { None };
         let transfer = member.device.stream(Priority::High)?;
+        let aside = member.device.stream(Priority::High)?;
         let forward = Pass::prepare(forward, member, &workspace)?;
         let backward = backward.map(|b| Pass::prepare(b, member, &workspace)).transpose()?;
         bytes.buffer += scratch_bytes + list_bytes;
         bytes.held = member.attention.held_bytes(STREAMS);
         bytes.staging = forward.staging(member) + backward.as_ref().map_or(0, |b| b.staging(member));
-        Ok(Self { plan, workspace, scratch, bytes, transfer, kernels, forward, backward })
+        Ok(Self { plan, workspace, scratch, bytes, transfer, aside, kernels, forward, backward })
     }
 
     /// The plan.
@@ -223,9 +225,10 @@ impl<B: Backend> Usp<B> {
         let sources = [inputs.q, joint[0], inputs.k, joint[1], inputs.v, joint[2]];
         let targets = targets([outputs.out, outputs.lse], outputs.joint);
         let mut gathered = Some(ulysses.gather(run, 0, &sources)?);
-        ulysses.take_first(run, &sources)?;
+        let mut copies = ulysses.first(run, &sources)?;
         for g in 0..self.plan.cut.groups() {
             run.wait(run.compute, gathered.take().as_ref())?;
+            ulysses.before(run, g, &copies)?;
             let (blocks, results) = (ulysses.inputs(run, g)?, ulysses.outputs(run, g)?);
             ring.forward(g, [blocks[0], blocks[1], blocks[2]], [results[0], results[1]], inputs.extras, &mut || {
                 if g + 1 < self.plan.cut.groups() {
@@ -233,8 +236,7 @@ impl<B: Backend> Usp<B> {
                 }
                 Ok(())
             })?;
-            ulysses.give_back(run, g, &targets)?;
-            ulysses.take(run, g + 2, &sources)?;
+            ulysses.after(run, g, &sources, &targets, &mut copies)?;
         }
         ulysses.finish(run, &targets)
     }
@@ -334,7 +336,8 @@ impl<B: Backend> Usp<B> {
         let all = view(&sinks.all)?;
         let terms = (0..all.extent()[0]).map(|i| all.narrow(0, i..i + 1)).collect::<Result<Vec<_>>>()?;
         let dsinks = gradients.dsinks.ok_or_else(|| missing("dsinks"))?;
-        run.collect(0, || run.accumulate(run.transfer, dsinks, &terms))
+        run.order(run.transfer, run.aside)?;
+        run.aside("collect", 0, || run.accumulate(run.aside, dsinks, &terms))
     }
 
     fn queue_backward(
@@ -370,14 +373,15 @@ impl<B: Backend> Usp<B> {
         let targets = targets([gradients.dq, gradients.dk, gradients.dv], gradients.joint);
         ulysses.start(run)?;
         ulysses.gather(run, 0, &sources)?;
+        let mut copies = ulysses.first(run, &sources)?;
         let delta = self.queue_delta(run, pass, inputs, rows, joint)?;
         let lse = self.queue_lse(run, pass, rows, joint)?;
         self.queue_sinks(run, pass, gradients)?;
         run.order(run.compute, run.transfer)?;
-        ulysses.take_first(run, &sources)?;
         let mut gathered = Some(ulysses.gather_rows(run, &[lse[0], lse[1], delta[0], delta[1]])?);
         for g in 0..groups {
             run.wait(run.compute, gathered.take().as_ref())?;
+            ulysses.before(run, g, &copies)?;
             let (b, s, r) = (ulysses.inputs(run, g)?, ulysses.rows(run, g)?, ulysses.outputs(run, g)?);
             let sum = self.dq_sum(run, pass, g)?;
             ring.backward(g, [b[0], b[1], b[2]], [b[3], s[0], s[1]], [r[0], r[1], r[2]], sum, extras, &mut || {
@@ -386,8 +390,7 @@ impl<B: Backend> Usp<B> {
                 }
                 Ok(())
             })?;
-            ulysses.give_back(run, g, &targets)?;
-            ulysses.take(run, g + 2, &sources)?;
+            ulysses.after(run, g, &sources, &targets, &mut copies)?;
         }
         ulysses.finish(run, &targets)
     }
@@ -416,6 +419,7 @@ impl<B: Backend> Usp<B> {
             scratch: self.scratch.as_ref(),
             compute: on,
             transfer: &self.transfer,
+            aside: &self.aside,
             backward,
             trace: RefCell::new(trace),
         }
