@@ -1,7 +1,7 @@
 //! `longspan run --trace`: a record as a file of trace events, which <https://ui.perfetto.dev> and `chrome://tracing` show.
 //!
-//! The format is JSON ("Trace Event Format"): a process is a rank, its threads 1 and 2 are the compute and the transfer stream,
-//! times are microseconds with three decimals.
+//! The format is JSON ("Trace Event Format"): a process is a rank, its threads 1, 2 and 3 are the streams of compute, of
+//! transfers and of copies within the rank, times are microseconds with three decimals.
 //!
 //! | event | what |
 //! |---|---|

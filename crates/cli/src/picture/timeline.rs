@@ -42,7 +42,7 @@ fn head(svg: &mut Svg, record: &Record) -> f64 {
     let words = [
         ("c0", "compute: attention and sums"),
         ("c1", "exchange between ranks, with waiting for them"),
-        ("c2", "collect: copies and sums of what came"),
+        ("c2", "copies and sums within the rank"),
         ("lane", "idle"),
     ];
     for (class, what) in words {
