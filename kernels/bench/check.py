@@ -4,7 +4,8 @@
 
 Each case is a random spec (dtype, heads, options, layout, strides) with random slices. What slices do not select holds NaN,
 outputs are poisoned. out, lse and every gradient: error at most 2x (softcap 3x) that of plain attention (scores,
-probabilities and results rounded to the dtype), plus 1e-5.
+probabilities and results rounded to the dtype), plus 1e-5. A small case that misses its bound is held to the largest error of plain
+attention over draws of its values, as in the conformance suite (DESIGN.md says why); such cases are listed.
 """
 
 import random
@@ -208,31 +209,59 @@ def problem(index, seed):
 def check(driver, program, index, seed):
     rng, spec, slices = problem(index, seed)
     torch.manual_seed(seed * 100003 + index)
+    state = rng.getstate()
     x = inputs(rng, spec, slices)
     units = driver.units
     driver.units = rng.choice([1, 2, 3, units])  # where blocks fetch tiles, few blocks take many
     got = run(driver, program, rng, spec, slices, x)
     driver.units = units
-    exact = attention(spec, x, lambda t: t, torch.float64)
-    plain = attention(spec, x, lambda t: t.to(DTYPES[spec["dtype"]]).to(t.dtype), torch.float32)
-    bad, worst = [], 0.0
-    for name in ["out", "lse", "dq", "dk", "dv"] + ["dsinks"] * ("sinks" in spec):
+    exact, rules = answers(spec, x)
+    bad, worst, drawn = [], 0.0, None
+    for name in rules:
         a, e = got[name].double(), exact[name]
         finite = torch.isfinite(e)
         if not torch.equal(a[~finite], e[~finite]) or not torch.isfinite(a[finite]).all():
             bad.append(f"{name}: not finite where it should be")
             continue
         error = (a - e)[finite].abs().max().item() if finite.any() else 0.0
-        rule = (plain[name].double() - e)[finite].abs().max().item() if finite.any() else 0.0
+        bound_of = lambda rule: (3 if "softcap" in spec else 2) * rule + 1e-5
+        bound = bound_of(rules[name])
+        if error > bound:
+            if drawn is None:
+                drawn = draws(state, spec, slices)
+            bound = bound_of(max([rules[name], *(d[name] for d in drawn)]))
+            print(f"case {index}, {name}: error {error:.2e}, bound {bound_of(rules[name]):.2e}, of {len(drawn)} draws more {bound:.2e}")
+        worst = max(worst, error / bound)
+        if error > bound:
+            bad.append(f"{name}: error {error:.2e}, bound {bound:.2e}")
+    return spec, bad, worst
+
+
+def answers(spec, x):
+    """The exact results, and the largest error of each in plain attention."""
+    dtype = DTYPES[spec["dtype"]]
+    exact = attention(spec, x, lambda t: t, torch.float64)
+    plain = attention(spec, x, lambda t: t.to(dtype).to(t.dtype), torch.float32)
+    rules = {}
+    for name in ["out", "lse", "dq", "dk", "dv"] + ["dsinks"] * ("sinks" in spec):
+        e = exact[name]
+        finite = torch.isfinite(e)
+        rules[name] = (plain[name].double() - e)[finite].abs().max().item() if finite.any() else 0.0
         # Few elements may be lucky in the plain computation: never less than one rounding of the largest value.
         size = exact["dsinks_size"] if name == "dsinks" else e[finite].abs()
         if finite.any() and name != "lse":
-            rule = max(rule, size.max().item() * torch.finfo(DTYPES[spec["dtype"]]).eps / 2)
-        bound = (3 if "softcap" in spec else 2) * rule + 1e-5
-        worst = max(worst, error / bound)
-        if error > bound:
-            bad.append(f"{name}: error {error:.2e}, bound {bound:.2e}, plain {rule:.2e}")
-    return spec, bad, worst
+            rules[name] = max(rules[name], size.max().item() * torch.finfo(dtype).eps / 2)
+    return exact, rules
+
+
+def draws(state, spec, slices):
+    """Errors of plain attention over more draws of a case's values: 31 of a small one, none of a large one."""
+    work = spec["batch"] * spec["heads"] * spec["q_rows"] * spec["k_rows"] * (spec["head_dim"] + spec["head_dim_v"])
+    rng, found = random.Random(), []
+    for _ in range(min((1 << 26) // work, 32) - 1):
+        rng.setstate(state)  # the same strides and dropout; torch goes on drawing
+        found.append(answers(spec, inputs(rng, spec, slices))[1])
+    return found
 
 
 def repeatable(driver, program):

@@ -32,7 +32,7 @@ constexpr int THREADS = WAVES * WARP;
 constexpr int ROWS = 16 * M_TILES;  // of a wave
 constexpr int BLOCK_M = WAVES * ROWS, KEY_TILES = BLOCK_N / 16, COLUMN_TILES = HEAD_DIM_V / 16;
 constexpr int HELD = Q_IN_REGISTERS ? HEAD_DIM / 16 : 1;
-constexpr float LAZY = 8.0f;
+constexpr float LAZY = 3.0f;
 constexpr u32 Q_BYTES = BLOCK_M * pitch<HEAD_DIM>() * 2;
 constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2, V_BYTES = BLOCK_N * (V_QUADS ? HEAD_DIM_V : pitch<HEAD_DIM_V>()) * 2;
 // A Q that goes to registers lies where K and V come afterwards.

@@ -41,7 +41,9 @@ static_assert(sizeof(ForwardParams) == 416 && sizeof(MappedForwardParams) == 832
 
 constexpr int BLOCK_M = 64 * GROUPS;
 constexpr int THREADS = 128 * (GROUPS + 1);
-constexpr float LAZY = 8.0f;
+// A weight of 1 is rounded exactly, others are not: on data with outliers, where one weight is most of a row, following at 8 makes
+// errors 12 % larger than following always, at 3 it makes them 3 % larger and costs 0.3 % of the time.
+constexpr float LAZY = 3.0f;
 constexpr int PANELS = (HEAD_DIM + 63) / 64, PANELS_V = (HEAD_DIM_V + 63) / 64;
 constexpr u32 Q_PANEL = BLOCK_M * 128, KEY_PANEL = BLOCK_N * 128;
 constexpr u32 Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * KEY_PANEL, V_BYTES = PANELS_V * KEY_PANEL;

@@ -45,7 +45,7 @@ impl GpuAttention {
         let whole = spec.head_dim.is_multiple_of(8) && spec.head_dim_v.is_multiple_of(8);
         let longspan_kernels::View { aligned, mapped } = longspan_kernels::View::of(views.iter().copied());
         let view = longspan_kernels::View { aligned: whole && aligned, mapped: whole && mapped };
-        Kernels::of(self.device.context(), spec, view)
+        Kernels::of(&self.device, spec, view)
     }
 
     /// Maps of tensors, each with the rows of its boxes.
@@ -70,7 +70,7 @@ impl GpuAttention {
         let params = MappedForwardParams {
             maps: self.maps(boxes)?,
             call: params,
-            counter: plan.counter(),
+            counter: plan.counter(on)?,
             ..MappedForwardParams::default()
         };
         context.kernel(of)?.launch(on, 0, Grid { x: blocks, y: 1 }, &params)
@@ -91,7 +91,7 @@ impl GpuAttention {
         }
         // Resident blocks take tiles by themselves.
         let blocks = tiles.min(self.device.context().figures.units as usize);
-        self.launch_backward(on, (of, 0, blocks), args, params, (dq, plan.counter()))
+        self.launch_backward(on, (of, 0, blocks), args, params, (dq, plan.counter(on)?))
     }
 
     /// Entry `entry` of a backward kernel with so many blocks; `dq` is to be mapped, `counter` is its tiles'.
@@ -152,6 +152,9 @@ impl GpuAttention {
             return Ok((address, *dq.into.at()));
         }
         let at = dq_scratch(spec);
+        if at.is_empty() {
+            return Ok((0, at));
+        }
         let scratch = args.scratch.filter(|s| s.bytes() >= at.bytes());
         let scratch = scratch
             .ok_or_else(|| Error::invalid("scratch", format!("the backward needs {} bytes of it", at.bytes())))?;

@@ -25,7 +25,8 @@ impl<V: Vendor> Backend for GpuBackend<V> {
     }
 
     fn open(info: &DeviceInfo) -> Result<GpuDevice> {
-        Ok(GpuDevice::new(V::machine().context(info.index)?))
+        let machine = V::machine();
+        Ok(GpuDevice::new(machine.context(info.index)?, machine.kernels()?))
     }
 
     fn group_id() -> Result<GroupId> {

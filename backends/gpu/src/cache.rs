@@ -12,6 +12,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use longspan_hal::{Error, Result};
 
@@ -39,6 +40,10 @@ pub struct Figures {
 const MAGIC: &[u8; 8] = b"LSPKERN1";
 const HEAD: usize = 8 + 16 + 8 + 16;
 const EXTENSION: &str = "kernel";
+const TEMPORARY: &str = "tmp";
+
+/// Age of a temporary file that nobody writes any more.
+const ABANDONED: Duration = Duration::from_secs(60);
 
 static WARNED: AtomicBool = AtomicBool::new(false);
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -103,25 +108,36 @@ impl Cache {
             .fold(Figures::default(), |sum, (_, bytes)| Figures { files: sum.files + 1, bytes: sum.bytes + bytes })
     }
 
-    /// Removes its files.
+    /// Removes its files, but for those that another process may be writing.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming the first file that can't be removed.
     pub fn clear(&self) -> Result<Figures> {
         let mut removed = Figures::default();
-        for (path, bytes) in self.files() {
-            fs::remove_file(&path).map_err(|e| Error::invalid("cache", format!("{}: {e}", path.display())))?;
-            removed = Figures { files: removed.files + 1, bytes: removed.bytes + bytes };
+        for (path, bytes) in self.files().into_iter().filter(|(path, _)| !is_being_written(path)) {
+            match fs::remove_file(&path) {
+                Ok(()) => removed = Figures { files: removed.files + 1, bytes: removed.bytes + bytes },
+                // Since it was listed, somebody else has renamed or removed it.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::invalid("cache", format!("{}: {e}", path.display()))),
+            }
         }
         Ok(removed)
     }
 
     fn files(&self) -> Vec<(PathBuf, u64)> {
         let Some(Ok(list)) = self.folder.as_ref().map(fs::read_dir) else { return Vec::new() };
-        let ours = |path: &PathBuf| path.extension().is_some_and(|e| e == EXTENSION || e == "tmp");
+        let ours = |path: &PathBuf| path.extension().is_some_and(|e| e == EXTENSION || e == TEMPORARY);
         let sized = |path: PathBuf| fs::metadata(&path).ok().map(|m| (path, m.len()));
         list.flatten().map(|entry| entry.path()).filter(ours).filter_map(sized).collect()
     }
+}
+
+/// Whether a file is a temporary one that is so young that its writer may still want to rename it.
+fn is_being_written(path: &Path) -> bool {
+    let modified = || fs::metadata(path).and_then(|m| m.modified());
+    path.extension().is_some_and(|e| e == TEMPORARY)
+        && modified().is_ok_and(|at| at.elapsed().map_or(true, |age| age < ABANDONED))
 }
 
 fn folder(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
@@ -142,7 +158,7 @@ fn head(key: Key, code: &[u8]) -> Vec<u8> {
 fn write(folder: &Path, key: Key, code: &[u8]) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let unique = NEXT.fetch_add(1, Ordering::Relaxed);
-    let temporary = folder.join(format!("{:032x}-{}-{unique}.tmp", key.0, std::process::id()));
+    let temporary = folder.join(format!("{:032x}-{}-{unique}.{TEMPORARY}", key.0, std::process::id()));
     let fill = || -> io::Result<()> {
         let mut file = fs::File::create(&temporary)?;
         file.write_all(&head(key, code))?;
@@ -235,6 +251,30 @@ mod tests {
         assert!(cache.get(key).is_some());
         // No temporary file is left.
         assert_eq!(cache.figures().files, 1);
+    }
+
+    #[test]
+    fn clearing_beside_a_writer_takes_nothing_from_it_and_does_not_fail() {
+        let (_folder, cache) = temporary();
+        let key = Key::of(["k"]);
+        cache.put(key, b"code");
+        let folder = cache.folder().expect("given");
+        let [young, old] = ["young.tmp", "old.tmp"].map(|name| folder.join(name));
+        fs::write(&young, b"x").expect("writable");
+        let file = fs::File::create(&old).expect("writable");
+        file.set_modified(std::time::SystemTime::now() - 2 * ABANDONED).expect("writable");
+        assert_eq!(cache.clear().expect("writable").files, 2, "the kernel and what somebody left behind");
+        assert!(young.exists() && !old.exists());
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..100).for_each(|_| cache.put(key, b"code")));
+            }
+            let clear = || (0..100).all(|_| cache.clear().is_ok());
+            let both = [scope.spawn(clear), scope.spawn(clear)];
+            assert!(both.map(|thread| thread.join().expect("no panic")).into_iter().all(|fine| fine));
+        });
+        cache.put(key, b"code");
+        assert_eq!(cache.get(key).as_deref(), Some(&b"code"[..]));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use longspan_dylib::Returned;
-use longspan_hal::{Error, KernelClass, Result};
+use longspan_hal::{Error, Result};
 use longspan_kernels::Target;
 
 use crate::driver::{Address, Driver, Handle, PoolProperties};
@@ -223,7 +223,11 @@ impl Context {
             if !self.short(take(&mut address))? {
                 return Ok(address);
             }
-            self.make_room()?;
+            // What is queued and not done in time keeps its memory.
+            let waited = self.make_room();
+            if !matches!(waited, Err(Error::Timeout { .. })) {
+                waited?;
+            }
             if !self.short(take(&mut address))? {
                 return Ok(address);
             }
@@ -311,7 +315,6 @@ impl Figures {
                 how_to_get_it: "use a newer driver, outside of a restricted virtual machine".to_owned(),
             });
         }
-        let flash3 = machine.kernels()? != KernelClass::Flash2;
         let mut driver_version = 0;
         // SAFETY: `driver_version` is written.
         machine.check(driver, unsafe { driver.version(&mut driver_version) })?;
@@ -323,7 +326,7 @@ impl Figures {
             arch,
             units: ask(codes.units)?,
             cache_bytes: ask(codes.cache_bytes)? as usize,
-            target: Target { flash3: target.flash3 && flash3, ..target },
+            target,
             driver_version,
             priorities: [0; 2],
         })

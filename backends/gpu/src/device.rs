@@ -5,7 +5,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
-use longspan_hal::{Caps, Device, Error, Memory, Priority, Result, Strided, View, ViewMut};
+use longspan_hal::{Caps, Device, Error, KernelClass, Memory, Priority, Result, Strided, View, ViewMut};
+use longspan_kernels::Target;
 
 use crate::context::Context;
 use crate::copy::{self, Form, Job};
@@ -21,6 +22,8 @@ pub struct GpuDevice {
     context: &'static Context,
     account: Arc<Account>,
     caps: Arc<Caps>,
+    /// The class of attention kernels that was asked for.
+    kernels: KernelClass,
     /// Why results can't be right: a wait for another rank was ended.
     lost: Lost,
 }
@@ -30,8 +33,19 @@ const PIECE: usize = 8 << 20;
 
 impl GpuDevice {
     /// A handle of `context`'s device.
-    pub(crate) fn new(context: &'static Context) -> Self {
-        Self { context, account: Arc::default(), caps: Arc::new(caps(context)), lost: Lost::default() }
+    pub(crate) fn new(context: &'static Context, kernels: KernelClass) -> Self {
+        Self { context, account: Arc::default(), caps: Arc::new(caps(context)), kernels, lost: Lost::default() }
+    }
+
+    /// The class of attention kernels that was asked for when it was opened.
+    pub(crate) fn kernels(&self) -> KernelClass {
+        self.kernels
+    }
+
+    /// What kernels are made for.
+    pub(crate) fn target(&self) -> Target {
+        let target = self.context.figures.target;
+        Target { flash3: target.flash3 && self.kernels != KernelClass::Flash2, ..target }
     }
 
     /// Its context.
@@ -219,9 +233,9 @@ impl Device for GpuDevice {
         }
         let mut staged = context.pinned.take(context, from.len())?;
         staged.write(from)?;
-        copy::remote(on, [Job { form, from: staged.address(), to: address }])?;
-        staged.until(on.record(false)?);
-        Ok(())
+        let queued = copy::remote(on, [Job { form, from: staged.address(), to: address }]);
+        staged.until(on.record(false)?); // also of a part, where the rest was refused
+        queued
     }
 
     fn download(&self, on: &GpuStream, from: View<'_, Self>, to: &mut [u8], limit: Duration) -> Result<()> {
@@ -236,8 +250,9 @@ impl Device for GpuDevice {
             return self.download_dense(on, address, to, limit).and_then(|()| self.lost.check());
         }
         let mut staged = context.pinned.take(context, to.len())?;
-        copy::remote(on, [Job { form, from: address, to: staged.address() }])?;
+        let queued = copy::remote(on, [Job { form, from: address, to: staged.address() }]);
         staged.until(on.record(false)?);
+        queued?;
         on.synchronize("download", limit)?;
         self.lost.check()?;
         staged.read(to)

@@ -196,6 +196,8 @@ impl Buffer {
         if let Some(Home::Pool { born, .. }) = &*lock(&self.0.home) {
             stream.wait(born)?;
         }
+        // Who adopts a stream anew for every call would make the list grow without end.
+        used.retain(|core| !core.is_over());
         used.push(Arc::clone(stream.core()));
         Ok(())
     }

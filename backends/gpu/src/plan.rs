@@ -1,18 +1,18 @@
 //! Plans: the work lists of one spec and its slices, on the device.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use longspan_hal::{Error, KernelClass, Result, Slices, Spec};
 use longspan_kernels::params::{Piece, Tile};
 use longspan_kernels::specialize::sections;
 use longspan_kernels::{Specialization, View, WorkList};
 
-use crate::context::Context;
 use crate::device::GpuDevice;
 use crate::driver::Address;
 use crate::event::Event;
 use crate::memory::Buffer;
-use crate::stream::GpuStream;
+use crate::stream::{Core, GpuStream};
+use crate::sync::lock;
 
 /// Work lists of forward and backward, checked, tiled and on their way to the device.
 #[derive(Debug)]
@@ -30,12 +30,35 @@ pub struct GpuPlan {
     lists: Buffer,
     /// Offset of [`COUNTERS`] counters for kernels whose blocks take tiles by themselves.
     counters: Address,
-    next_counter: AtomicUsize,
+    users: Mutex<Users<Arc<Core>>>,
     ready: Event,
 }
 
-/// Launches in flight take different counters; more than these at once, on several streams, would share some.
+/// One a stream, whose launches follow each other.
 const COUNTERS: usize = 64;
+
+/// Whose each of [`COUNTERS`] is.
+#[derive(Debug)]
+struct Users<T> {
+    of: Vec<T>,
+    next: usize,
+}
+
+impl<T> Users<T> {
+    /// The place of `user`, and whose it was if it was another's.
+    fn place(&mut self, user: T, same: impl Fn(&T, &T) -> bool) -> (usize, Option<T>) {
+        if let Some(place) = self.of.iter().position(|x| same(x, &user)) {
+            return (place, None);
+        }
+        if self.of.len() < COUNTERS {
+            self.of.push(user);
+            return (self.of.len() - 1, None);
+        }
+        let place = self.next;
+        self.next = (place + 1) % COUNTERS;
+        (place, Some(std::mem::replace(&mut self.of[place], user)))
+    }
+}
 
 /// Work lists of one pass, by rows of a tile: kernels for views with and without tensor maps may have different ones.
 #[derive(Clone, Debug, Default)]
@@ -75,7 +98,7 @@ impl GpuPlan {
         // The rest of the cache is for what is written.
         let [by_queries, by_keys] = sections(spec, context.figures.cache_bytes / 8 * 5, context.figures.units);
         let mut plan = Layout { bytes: vec![0; 4 * COUNTERS], of: [(); 3].map(|()| Lists::default()) };
-        let kernels = VIEWS.map(|view| Kernels::of(context, spec, view));
+        let kernels = VIEWS.map(|view| Kernels::of(device, spec, view));
         let adds_dq = kernels.iter().flatten().any(|k| k.backward.adds_dq());
         let apart = kernels.iter().flatten().any(|k| !k.backward.adds_dq());
         for kernels in kernels {
@@ -97,14 +120,22 @@ impl GpuPlan {
         lists.used_on(on)?;
         device.upload_bound(on, &plan.bytes, lists.address())?;
         let ([forward, backward, dq], counters) = (plan.of, lists.address());
-        let next_counter = AtomicUsize::new(0);
+        let users = Mutex::new(Users { of: Vec::new(), next: 0 });
         let (spec, ready) = (spec.clone(), on.record(false)?);
-        Ok(Self { spec, forward, backward, dq, adds_dq, lists, counters, next_counter, ready })
+        Ok(Self { spec, forward, backward, dq, adds_dq, lists, counters, users, ready })
     }
 
-    /// Address of a counter for one launch.
-    pub(crate) fn counter(&self) -> Address {
-        self.counters + 4 * (self.next_counter.fetch_add(1, Ordering::Relaxed) % COUNTERS) as Address
+    /// Address of the counter of launches on `on`: 0, and 0 again after each of them. The context is bound.
+    ///
+    /// # Errors
+    /// [`longspan_hal::Error::Driver`].
+    pub(crate) fn counter(&self, on: &GpuStream) -> Result<Address> {
+        let mut users = lock(&self.users);
+        let (place, before) = users.place(Arc::clone(on.core()), Arc::ptr_eq);
+        if let Some(done) = before.and_then(|core| core.mark()) {
+            on.wait(&done)?;
+        }
+        Ok(self.counters + 4 * place as Address)
     }
 
     /// Bytes of the lists.
@@ -162,15 +193,15 @@ impl Kernels {
     ///
     /// # Errors
     /// [`longspan_hal::Error::Unsupported`], [`longspan_hal::Error::Invalid`].
-    pub(crate) fn of(context: &Context, spec: &Spec, view: View) -> Result<Self> {
-        let (name, target) = (context.machine.facts().name, context.figures.target);
+    pub(crate) fn of(device: &GpuDevice, spec: &Spec, view: View) -> Result<Self> {
+        let (name, target) = (device.context().machine.facts().name, device.target());
         let kernels = Self {
             forward: Specialization::forward(name, spec, target, view)?,
             backward: Specialization::backward(name, spec, target, view)?,
             dq: Specialization::backward_dq(name, spec, target, view)?,
         };
         let flash3 = kernels.forward.box_rows > 0 && kernels.backward.box_rows > 0;
-        if context.machine.kernels()? == KernelClass::Flash3 && view.mapped && !flash3 {
+        if device.kernels() == KernelClass::Flash3 && view.mapped && !flash3 {
             return Err(Error::Unsupported {
                 backend: name,
                 what: format!("kernels of class flash3 for {} of head size {} here", spec.dtype, spec.head_dim),
@@ -190,4 +221,24 @@ fn tile_bytes(tiles: &[Tile]) -> &[u8] {
 fn piece_bytes(pieces: &[Piece]) -> &[u8] {
     // SAFETY: as above.
     unsafe { std::slice::from_raw_parts(pieces.as_ptr().cast(), size_of_val(pieces)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_stream_has_a_counter_of_its_own_until_there_are_too_many() {
+        let mut users = Users { of: Vec::new(), next: 0 };
+        let mut place = |user: usize| users.place(user, |a, b| a == b);
+        for round in 0..2 {
+            for user in 0..COUNTERS {
+                assert_eq!(place(user), (user, None), "round {round}");
+            }
+        }
+        assert_eq!(place(100), (0, Some(0)));
+        assert_eq!(place(101), (1, Some(1)));
+        assert_eq!(place(100), (0, None));
+        assert_eq!(place(0), (2, Some(2)));
+    }
 }

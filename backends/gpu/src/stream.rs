@@ -109,6 +109,15 @@ impl GpuStream {
 }
 
 impl Core {
+    /// Whether the handle is gone and all that was queued on the stream before is done.
+    pub(crate) fn is_over(&self) -> bool {
+        match &*lock(&self.closed) {
+            Some(Some(last)) => last.happened() == Ok(true),
+            Some(None) => true,
+            None => false,
+        }
+    }
+
     /// The point after everything queued on the stream so far; `None` if the device can't say any more.
     pub(crate) fn mark(&self) -> Option<Event> {
         let closed = lock(&self.closed);

@@ -227,10 +227,12 @@ fn non_finite<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
 
 /// No rows, no keys, no heads: everything that there is is still written.
 fn empty_shapes<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
-    for (rows, heads) in [([0, 5], 2), ([5, 0], 2), ([0, 0], 2), ([5, 5], 0)] {
-        let mut spec = Spec::new(DType::F32, 1, rows, [heads, heads], 8);
-        (spec.heads_total, spec.group) = (2, 1);
-        super::problem::run(rank, &Config::new(spec, Vec::new()))?;
+    for dtype in [DType::F32, DType::Bf16] {
+        for (rows, heads) in [([0, 5], 2), ([5, 0], 2), ([0, 0], 2), ([5, 5], 0)] {
+            let mut spec = Spec::new(dtype, 1, rows, [heads, heads], 8);
+            (spec.heads_total, spec.group) = (2, 1);
+            super::problem::run(rank, &Config::new(spec, Vec::new()))?;
+        }
     }
     Ok(())
 }

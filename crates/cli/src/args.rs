@@ -8,6 +8,12 @@ use longspan::{DType, Mask, Placement};
 use crate::fault::Fault;
 use crate::synthetic::Shape;
 
+/// The most ranks: what every rank tells every other grows with their square.
+pub const MOST_RANKS: u32 = 4096;
+
+/// The most ranks of one process: each has a thread for itself and one for every stream.
+pub const MOST_THREADS: u32 = 1024;
+
 /// Exact attention over sequences that do not fit one accelerator.
 ///
 /// The sequence is cut among U x R ranks: U ranks share a block of it by heads (DeepSpeed-Ulysses), R blocks travel round a
@@ -66,7 +72,7 @@ Input file (safetensors): q [batch, seq, heads, head_dim], k and v [batch, seq, 
 Optional: dout (as out), sinks and alibi_slopes (f32, one per head; their presence turns the option on),
 cu_seqlens (i32: starts of packed documents and the end of the last; for every batch row).
 Output file: out, lse [batch, heads, seq] in f32, and with --backward dq, dk, dv, dsinks.
-With --verify it is written only if the results are within the bound.")]
+With --verify, no file (--output, --trace, --timeline) is written unless the results are within the bound.")]
 pub struct Run {
     /// Where q, k and v come from.
     #[command(flatten)]
@@ -142,7 +148,8 @@ pub struct Cut {
     /// Which tokens a block holds: one chunk; one from the front and one from the back (balances causal masks); every R-th
     #[arg(long, value_enum, default_value_t, help_heading = "Cut")]
     pub layout: LayoutKind,
-    /// Which keys a query sees: window has L keys before it and R behind it (none without R), prefix the first P and all before it
+    /// Which keys a query sees: window has L keys before it and R behind it (none without R; `all` for every one), prefix the
+    /// first P and all before it
     #[arg(long, default_value = "full", value_name = "causal|full|window:L[,R]|prefix:P", help_heading = "Cut")]
     pub mask: Mask,
 }
@@ -157,10 +164,10 @@ pub struct Options {
     /// Cap logits: X * tanh(logit / X)
     #[arg(long, value_name = "X", value_parser = positive, allow_negative_numbers = true)]
     pub softcap: Option<f32>,
-    /// Subtract slope * distance from logits (slopes from the file, or 2^(-8 (h + 1) / heads))
+    /// Subtract slope * distance from logits, where slopes are 2^(-8 (h + 1) / heads) unless an input file has some
     #[arg(long)]
     pub alibi: bool,
-    /// Add a learned logit per head to the denominator (from the file, or seeded normal ones)
+    /// Add a learned logit per head to the denominator: `run` takes an input file's or seeded normal ones, `bench` zeros
     #[arg(long)]
     pub sinks: bool,
     /// Drop probabilities with this chance, below 1
@@ -235,7 +242,7 @@ pub struct BenchShape {
     #[arg(long, value_enum, ignore_case = true, value_delimiter = ',', value_name = "S,U,R")]
     pub sweep: Vec<Sweep>,
     /// Cut N ranks in every way: all U x R = N
-    #[arg(long, value_name = "N", value_parser = count(), conflicts_with_all = ["ulysses", "ring"])]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_THREADS.into()), conflicts_with_all = ["ulysses", "ring"])]
     pub ranks: Option<u32>,
     /// Batch rows
     #[arg(long, default_value_t = 1, value_name = "B", value_parser = count())]
@@ -320,9 +327,9 @@ impl Exchange {
 /// `longspan layout`.
 #[derive(Debug, clap::Args)]
 pub struct LayoutArgs {
-    /// Tokens of the sequence
-    #[arg(long, default_value_t = 64, value_name = "S")]
-    pub seq: usize,
+    /// Tokens of the sequence [default: the end of the last document, or 64]
+    #[arg(long, value_name = "S")]
+    pub seq: Option<usize>,
     /// How the sequence is cut.
     #[command(flatten)]
     pub cut: Cut,

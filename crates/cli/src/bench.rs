@@ -25,13 +25,14 @@ use crate::bench::record::{Refused, Report};
 use crate::failure::{Failure, Result};
 use crate::record::Record;
 use crate::report::say;
-use crate::{backends, output, progress, trace};
+use crate::{backends, output, processes, progress, trace};
 
 /// Measures as the command line says.
 ///
 /// # Errors
 /// [`Failure::Input`] for bad usage, or if nothing could be measured since the backend refused it; [`Failure::Run`].
 pub fn bench(args: &Bench) -> Result<()> {
+    processes::alone("bench", &args.backend)?;
     backends::check(&args.backend)?;
     backends::choose(&args.backend, args.exchange, args.kernel)?;
     output::check_all(&[&args.json, &args.html, &args.trace], None)?;

@@ -18,7 +18,7 @@ use crate::{backends, doctor, output, processes, progress};
 /// Runs the suite as the command line says.
 ///
 /// # Errors
-/// [`Failure::Input`] for bad usage; [`Failure::Run`] if a case failed.
+/// [`Failure::Input`] for bad usage, or if no case was asked for; [`Failure::Run`] if a case failed.
 pub fn conformance(args: &Conformance) -> Result<()> {
     let selector = selector(args)?;
     backends::check(&selector)?;
@@ -35,6 +35,10 @@ fn judge(args: &Conformance, selector: &str, job: Option<&Job>) -> Result<()> {
     let report = longspan::select(selector, Suite { args, bar: &bar, name: name(selector), processes });
     bar.finish_and_clear();
     let report = together(job, "suite", report.map_err(Failure::from))?;
+    if let Some(filter) = args.filter.as_ref().filter(|_| report.cases.is_empty()) {
+        let why = format!("no case of the {} tier with up to {} ranks has it in its name", report.tier, report.ranks);
+        return Err(Failure::input(format!("--filter {filter}"), why));
+    }
     if let Some(path) = args.json.as_ref().filter(|_| leads) {
         write(path, &report)?;
     }

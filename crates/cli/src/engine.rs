@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use longspan::{
-    DeviceReport, Engine, Error, Extra, Forwarded, Gradients as Shards, Layout, Problem, Tensor, Traffic, Work,
-};
+use longspan::{DeviceReport, Engine, Error, Extra, Forwarded, Gradients as Shards, Layout, Tensor, Traffic, Work};
 use longspan_peers::{Fields, Reader};
 
 use crate::failure::{Failure, Result};
@@ -102,7 +100,7 @@ impl Rank {
 
 fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>, recorded: bool) -> longspan::Result<Rank> {
     let (q_layout, k_layout, rank) = (&job.q_layout, &job.k_layout, engine.rank());
-    let workspace = engine.prepare(&problem(job), [q_layout, k_layout], &job.mask)?;
+    let workspace = engine.prepare(&job.problem(), [q_layout, k_layout], &job.mask)?;
     let extra = Extra {
         alibi_slopes: job.alibi_slopes.clone(),
         sinks: job.sinks.clone(),
@@ -127,21 +125,6 @@ fn rank(job: &Job, engine: &mut dyn Engine, fault: Option<Fault>, recorded: bool
     let traffic = [plan.traffic(false)?, backward];
     let figures = figures(q_layout.rows(rank), &report, &traffic, workspace.total() as u64);
     Ok(Rank { forward, gradients, figures, recorded: recorded.then_some((report, traffic)) })
-}
-
-/// The problem of a job.
-pub(crate) fn problem(job: &Job) -> Problem {
-    let [batch, _, heads, head_dim] = job.q.extent();
-    Problem::new(job.dtype(), batch, [heads, job.kv_heads()], head_dim)
-        .with_head_dim_v(job.v.extent()[3])
-        .with_scale(job.scale)
-        .with_softcap(job.softcap)
-        .with_alibi(job.alibi_slopes.is_some())
-        .with_sinks(job.sinks.is_some())
-        .with_dropout(job.dropout)
-        .with_deterministic(job.deterministic)
-        .with_head_groups(job.head_groups)
-        .with_backward(job.dout.is_some())
 }
 
 fn figures(rows: usize, report: &DeviceReport, traffic: &[Vec<Traffic>; 2], predicted: u64) -> RankFigures {

@@ -111,11 +111,12 @@ struct Source {
 impl Source {
     fn open(path: &Path) -> Result<Self> {
         let bad = |why: String| Failure::input(path.display(), why);
-        let mut file = File::open(path).map_err(|e| bad(format!("cannot be opened: {e}")))?;
-        let meta = file.metadata().map_err(|e| bad(format!("cannot be read: {e}")))?;
+        // Before it is opened: to open a pipe is to wait for its writer.
+        let meta = std::fs::metadata(path).map_err(|e| bad(format!("cannot be opened: {e}")))?;
         if !meta.is_file() {
             return Err(bad("is not a regular file".into()));
         }
+        let mut file = File::open(path).map_err(|e| bad(format!("cannot be opened: {e}")))?;
         let (header, header_len) = read_header(&mut file, meta.len()).map_err(bad)?;
         let wanted = 8 + header_len + header.data_len() as u64;
         if wanted != meta.len() {

@@ -1,9 +1,8 @@
 //! A run, made from the command line: every check that needs no device is done here, before anything starts.
 
-use longspan::{DType, Documents, Error, Layout, Mask, Mesh, Tensor, head_groups};
+use longspan::{DType, Documents, Error, Layout, Mask, Mesh, Problem, Tensor, head_groups};
 
-use crate::args::{Cut, LayoutKind, Options, Run};
-use crate::engine;
+use crate::args::{Cut, LayoutKind, MOST_RANKS, Options, Run};
 use crate::failure::{Failure, Result};
 use crate::file::{self, Input};
 use crate::synthetic::{self, Shape, Stream};
@@ -50,6 +49,7 @@ impl Job {
     /// [`Failure::Input`] saying what does not fit; [`Failure::Run`] if there is no memory for the tensors.
     pub fn new(args: &Run) -> Result<Self> {
         let mesh = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement)?;
+        at_most(MOST_RANKS, &mesh)?;
         let input = match (&args.source.input, &args.source.synthetic) {
             (Some(path), _) => cast(file::read(path)?, args.dtype.map(DType::from))?,
             (None, Some(shape)) => draw(shape, args.dtype.map_or(DType::F32, DType::from), args.seed)?,
@@ -59,7 +59,7 @@ impl Job {
         let mask = mask(&args.cut, input.cu_seqlens.as_deref(), seq)?;
         mask.check(seq, k_seq)?;
         let Options { scale, softcap, alibi, sinks, dropout, deterministic, head_groups } = args.options;
-        Ok(Self {
+        let job = Self {
             dout: if args.backward { Some(dout(&input, args.seed)?) } else { None },
             sinks: match input.sinks {
                 None if sinks => Some(synthetic::sinks(heads, args.seed)?),
@@ -78,7 +78,24 @@ impl Job {
             seed: args.seed,
             deterministic,
             head_groups: head_groups.map(|n| n as usize),
-        })
+        };
+        check(&job.problem())?;
+        Ok(job)
+    }
+
+    /// Shapes and options.
+    pub fn problem(&self) -> Problem {
+        let [batch, _, heads, head_dim] = self.q.extent();
+        Problem::new(self.dtype(), batch, [heads, self.kv_heads()], head_dim)
+            .with_head_dim_v(self.v.extent()[3])
+            .with_scale(self.scale)
+            .with_softcap(self.softcap)
+            .with_alibi(self.alibi_slopes.is_some())
+            .with_sinks(self.sinks.is_some())
+            .with_dropout(self.dropout)
+            .with_deterministic(self.deterministic)
+            .with_head_groups(self.head_groups)
+            .with_backward(self.dout.is_some())
     }
 
     /// Element type of q, k, v, out and their gradients.
@@ -108,7 +125,7 @@ impl Job {
 
     /// Head groups of the all-to-all, given or chosen.
     pub fn head_groups(&self) -> usize {
-        head_groups(&engine::problem(self), self.q_layout.mesh(), [self.seq(), self.k_layout.seq()])
+        head_groups(&self.problem(), self.q_layout.mesh(), [self.seq(), self.k_layout.seq()])
     }
 
     /// Query heads per KV head.
@@ -120,6 +137,30 @@ impl Job {
     pub fn mesh(&self) -> &Mesh {
         self.q_layout.mesh()
     }
+}
+
+/// Checks that `mesh` has at most `most` ranks.
+///
+/// # Errors
+/// [`Error::Invalid`] if it has more.
+pub fn at_most(most: u32, mesh: &Mesh) -> Result<(), Error> {
+    match mesh.size() {
+        size if size > most => Err(Error::invalid("mesh", format!("{size} ranks; {most} is the most here"))),
+        _ => Ok(()),
+    }
+}
+
+/// Checks `problem`, and that head groups have heads: each is an exchange, however few heads it has.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the option.
+pub fn check(problem: &Problem) -> Result<(), Error> {
+    let Problem { heads, head_groups, .. } = *problem;
+    if let Some(groups) = head_groups.filter(|groups| *groups > heads) {
+        let why = format!("{groups} groups of {heads} heads: take as many groups as heads at most");
+        return Err(Error::invalid("head_groups", why));
+    }
+    problem.check()
 }
 
 /// The layout of `kind`.

@@ -3,7 +3,7 @@
 use longspan::{Layout, Mask, Mesh};
 use longspan_seqpar::picture::{Balance, holders, steps};
 
-use crate::args::LayoutArgs;
+use crate::args::{LayoutArgs, MOST_RANKS};
 use crate::failure::{Failure, Result};
 use crate::report::say;
 use crate::{job, output, picture};
@@ -13,6 +13,9 @@ const RING_RANKS: u32 = 8;
 
 /// Ring ranks up to which the balance is counted: it takes time with the square of their number.
 const BALANCED: u32 = 256;
+
+/// Tokens, unless they or documents are given.
+const SEQ: usize = 64;
 
 /// Columns, unless the terminal says otherwise.
 const WIDTH: usize = 110;
@@ -38,10 +41,13 @@ fn svg(args: &LayoutArgs) -> Result<String> {
 /// The layout and the mask; they fit each other.
 fn cut(args: &LayoutArgs) -> Result<(Layout, Mask)> {
     let mesh = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement)?;
-    let layout = job::layout(args.cut.layout, args.seq, &mesh);
-    let mask = job::mask(&args.cut, args.cu_seqlens.as_deref(), args.seq)?;
-    mask.check(args.seq, args.seq)?;
-    Ok((layout, mask))
+    job::at_most(MOST_RANKS, &mesh)?;
+    let documents = args.cu_seqlens.as_deref();
+    let end = documents.and_then(|cu| usize::try_from(*cu.last()?).ok());
+    let seq = args.seq.or(end).unwrap_or(SEQ);
+    let mask = job::mask(&args.cut, documents, seq)?;
+    mask.check(seq, seq)?;
+    Ok((job::layout(args.cut.layout, seq, &mesh), mask))
 }
 
 fn text(args: &LayoutArgs, width: usize) -> Result<String> {
@@ -103,5 +109,12 @@ mod tests {
         assert!(text.contains("63 further ring ranks"), "{text}");
         assert!(shown("--ring 4 --ring-rank 4").is_err());
         assert!(shown("--seq 10 --cu-seqlens 0,5").is_err());
+    }
+
+    #[test]
+    fn documents_say_how_long_the_sequence_is() {
+        let text = shown("--cu-seqlens 0,20,40 --ring 2").expect("fits");
+        assert_eq!(text, shown("--seq 40 --cu-seqlens 0,20,40 --ring 2").expect("fits"));
+        assert!(shown("--cu-seqlens 0,-40").is_err());
     }
 }

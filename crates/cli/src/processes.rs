@@ -128,6 +128,21 @@ pub fn together<T>(job: Option<&Job>, part: &'static str, own: Result<T>) -> Res
     }
 }
 
+/// Checks that this process is the only one, for a command whose ranks are threads: a launcher would run all of it in each.
+///
+/// # Errors
+/// [`Failure::Input`] if a launcher started several, or the backend's ranks are processes.
+pub fn alone(command: &str, selector: &str) -> Result<()> {
+    let why = if selector.split(':').next() == Some("mpi") {
+        "those of the backend `mpi` are processes: take `cpu`"
+    } else if Processes::launched()? {
+        "a launcher started several processes: start it once"
+    } else {
+        return Ok(());
+    };
+    Err(Failure::Input(format!("{command}'s ranks are threads, and {why}")))
+}
+
 /// Runs `work` as this process's part of its job, or alone.
 ///
 /// # Errors

@@ -5,9 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::args::Run;
+use crate::args::{MOST_THREADS, Run};
 use crate::failure::Result;
-use crate::job::Job;
+use crate::job::{self, Job};
 use crate::picture::timeline;
 use crate::processes::together;
 use crate::record::Record;
@@ -57,9 +57,11 @@ fn check_all(args: &Run, processes: Option<&processes::Job>) -> Result<Job> {
     if processes.is_none_or(processes::Job::leads) {
         output::check_all(&[&args.output, &args.trace, &args.timeline], args.source.input.as_deref())?;
     }
+    longspan::devices(&args.backend)?;
     let job = Job::new(args)?;
-    if let Some(processes) = processes {
-        processes.processes.check(job.mesh())?;
+    match processes {
+        Some(processes) => processes.processes.check(job.mesh())?,
+        None => job::at_most(MOST_THREADS, job.mesh())?,
     }
     if args.verify {
         verify::check_inputs(&job)?;

@@ -15,7 +15,7 @@
 //! once in f64, and once as plain attention: scores, probabilities and results rounded to the dtype, sums in f32.
 
 use longspan_conformance::host;
-use longspan_conformance::oracle::{exact, philox, plain};
+use longspan_conformance::oracle::philox;
 use longspan_hal::DType;
 use ndarray::{ArrayView1, s};
 
@@ -27,8 +27,8 @@ pub(crate) fn part(whole: &Whole<'_>, b: usize, kv: usize) -> Tallies {
     let rows = spread(job.seq());
     let pair = |_: usize, i: usize, j: usize| job.mask.allows(rows[i], j).then_some((rows[i] as i64, j as i64));
     let (problem, incoming) = whole.problem(b, kv, &rows, &pair);
-    let answers = [exact(&problem, incoming.as_ref()), plain(&problem, incoming.as_ref(), job.dtype())];
-    let mut tallies = whole.queries(b, kv, &rows, &answers[0], &answers[1]);
+    let [exact, plain] = whole.answers(&problem, incoming.as_ref());
+    let mut tallies = whole.queries(b, kv, &rows, &exact, &plain);
     let (Some(_), Some([_, dk, dv])) = (&whole.dout, &whole.gradients) else { return tallies };
     for key in spread(job.k.extent()[1]) {
         let [exact, plain] =

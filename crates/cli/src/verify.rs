@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! up to 8192 tokens: for each batch row, for each KV head with its query heads:     (parallel)
-//!     exact = oracle in f64, plain = oracle rounded to the dtype
+//!     exact = oracle in f64, plain = oracle rounded to the dtype (lse: to f32)
 //!     add |result - exact| and |plain - exact| of out, lse, dq, dk, dv, dsinks to their tallies
 //! above: the same for a sample of query rows (out, lse, dq) and of keys (dk, dv; see `sample.rs`)
 //! ```
@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use longspan::Tensor;
 use longspan_conformance::bound::{FLOOR, factor};
 use longspan_conformance::oracle::{Answer, Incoming, Problem, exact, plain};
-use longspan_hal::Spec;
+use longspan_hal::{DType, Spec};
 use ndarray::{Array4, s};
 
 use crate::failure::{Failure, Result};
@@ -65,9 +65,12 @@ pub struct Errors {
 /// # Errors
 /// [`Failure::Input`] naming the tensor.
 pub fn check_inputs(job: &Job) -> Result<()> {
-    let all = [("q", Some(&job.q)), ("k", Some(&job.k)), ("v", Some(&job.v)), ("dout", job.dout.as_ref())];
-    for (name, tensor) in all.iter().filter_map(|(name, tensor)| tensor.map(|tensor| (name, tensor))) {
-        let count = tensor.to_f32().iter().filter(|x| !x.is_finite()).count();
+    let tensors = [("q", Some(&job.q)), ("k", Some(&job.k)), ("v", Some(&job.v)), ("dout", job.dout.as_ref())];
+    let tensors = tensors.into_iter().filter_map(|(name, tensor)| Some((name, tensor?.to_f32())));
+    let per_head = [("sinks", &job.sinks), ("alibi_slopes", &job.alibi_slopes)];
+    let per_head = per_head.into_iter().filter_map(|(name, numbers)| Some((name, numbers.clone()?)));
+    for (name, numbers) in tensors.chain(per_head) {
+        let count = numbers.iter().filter(|x| !x.is_finite()).count();
         if count > 0 {
             let why =
                 format!("--verify: `{name}` has {count} numbers that are not finite, which the oracle can't judge");
@@ -165,7 +168,7 @@ impl<'a> Whole<'a> {
         let pair = |_: usize, i: usize, j: usize| mask.allows(i, j).then_some((i as i64, j as i64));
         let rows: Vec<usize> = (0..self.job.seq()).collect();
         let (problem, incoming) = self.problem(b, kv, &rows, &pair);
-        let [a, p] = [exact(&problem, incoming.as_ref()), plain(&problem, incoming.as_ref(), self.job.dtype())];
+        let [a, p] = self.answers(&problem, incoming.as_ref());
         let mut tallies = self.queries(b, kv, &rows, &a, &p);
         let (Some([_, dk, dv]), Some(a), Some(p)) = (&self.gradients, &a.gradients, &p.gradients) else {
             return tallies;
@@ -204,6 +207,15 @@ impl<'a> Whole<'a> {
         problem.sinks.clone_from(&job.sinks);
         problem.dropout = job.dropout.map(|p| (p, job.seed));
         (problem, self.dout.as_ref().map(|dout| Incoming { dout: chosen(dout), dlse: None }))
+    }
+
+    /// The exact and the plain answer. The log-sum is f32 whatever the dtype of the others is, and so is plain's.
+    pub fn answers(&self, problem: &Problem, incoming: Option<&Incoming>) -> [Answer; 2] {
+        let mut plain_answer = plain(problem, incoming, self.job.dtype());
+        if self.job.dtype() != DType::F32 {
+            plain_answer.lse = plain(problem, None, DType::F32).lse;
+        }
+        [exact(problem, incoming), plain_answer]
     }
 
     /// Tallies of out, lse and dq of query rows `rows`.
@@ -359,7 +371,13 @@ impl Tallies {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use clap::Parser;
+
     use super::*;
+    use crate::args::{Args, Command};
+    use crate::engine;
 
     fn tally(got: &[f32], exact: &[f64], plain: &[f64]) -> Verdict {
         let mut tally = Tally::default();
@@ -384,6 +402,23 @@ mod tests {
         assert!(!tally(&[f32::NAN], &[1.0], &[1.0]).holds());
         assert!(!tally(&[f32::INFINITY], &[none], &[none]).holds());
         assert!(tally(&[f32::NAN], &[f64::NAN], &[f64::NAN]).holds(), "NaN in, NaN out");
+    }
+
+    /// The log-sum is f32 where everything else has fewer bits: in every row, and in a sample.
+    #[test]
+    fn a_log_sum_that_is_wrong_in_its_sixth_digit_is_seen_whatever_the_dtype() {
+        for (shape, dtype) in [("1,64,4,2,16", "bf16"), ("1,64,4,2,16", "f16"), ("1,8200,1,1,8", "bf16")] {
+            let words = ["longspan", "run", "--synthetic", shape, "--dtype", dtype, "--mask", "window:100"];
+            let Command::Run(args) = Args::try_parse_from(words).expect("good words").command else { panic!("run") };
+            let job = Job::new(&args).expect("fits");
+            let mut results = engine::run(&job, "cpu", Duration::from_secs(120), None, false).expect("it runs");
+            let judged = |results: &Results| judge(&verify(&job, results, &|_, _| ()).expect("fits"));
+            assert_eq!(judged(&results), Ok(()), "{shape} {dtype}");
+            let wrong: Vec<f32> = results.lse.to_f32().into_iter().map(|x| x + 1e-4).collect();
+            results.lse = Tensor::from_f32(DType::F32, results.lse.extent(), &wrong).expect("fits");
+            let failure = Failure::Verification("lse outside the bound".into());
+            assert_eq!(judged(&results), Err(failure), "{shape} {dtype}");
+        }
     }
 
     #[test]

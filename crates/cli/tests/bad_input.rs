@@ -56,6 +56,17 @@ fn a_folder_in_place_of_a_file() {
     refused(&folder, &said, &["not a regular file"]);
 }
 
+#[cfg(unix)]
+#[test]
+fn a_pipe_in_place_of_a_file() {
+    let folder = Folder::new(b"");
+    let pipes = tempfile::tempdir().expect("a folder");
+    let pipe = pipes.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo starts").success());
+    let said = longspan(&["run", "--input", text(&pipe), "--output", text(&folder.output)]);
+    refused(&folder, &said, &["not a regular file"]);
+}
+
 #[test]
 fn truncated_files() {
     let whole = bytes_of(&good());
@@ -153,6 +164,18 @@ fn meshes_without_ranks() {
 }
 
 #[test]
+fn more_ranks_than_are_of_use_and_groups_without_heads() {
+    refuses_options(&["--ring", "3000"], &["3000 ranks", "1024"]);
+    refuses_options(&["--ring", "4294967295"], &["4294967295 ranks", "4096"]);
+    refuses_options(&["--ulysses", "64", "--ring", "65"], &["4160 ranks", "4096"]);
+    refuses_options(&["--head-groups", "5", "--ring", "2"], &["5 groups of 4 heads"]);
+    refuses_options(&["--head-groups", "4294967295"], &["4294967295 groups of 4 heads"]);
+    let folder = Folder::new(&bytes_of(&good()));
+    refused(&folder, &longspan(&["layout", "--ring", "4000000000"]), &["4000000000 ranks", "4096"]);
+    assert_eq!(longspan(&["layout", "--ring", "4096"]).code, Some(0));
+}
+
+#[test]
 fn masks_that_mean_nothing() {
     refuses_options(&["--mask", "window:-1"], &["window:-1", "window:L[,R]"]);
     refuses_options(&["--mask", "window:1,-2"], &["window:1,-2"]);
@@ -182,7 +205,15 @@ fn an_unknown_backend_says_which_there_are_and_how_to_get_others() {
         &["--backend", "abacus"],
         &["unknown backend `abacus`", "this build has ", " cpu,", "cargo feature"],
     );
-    refuses_options(&["--backend", "cpu:7"], &["7"]);
+    for (backend, words) in [
+        ("cpu:7", ["no device 7", "it has 0"]),
+        ("cpu:x", ["\"x\"", "device indices"]),
+        ("cpu-push:0", ["cpu-push is one device", "write \"cpu-push\""]),
+    ] {
+        refuses_options(&["--backend", backend], &words);
+        let said = longspan(&["run", "--synthetic", "1,8,2,2,8", "--backend", backend]);
+        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "refused before anything is said");
+    }
 }
 
 #[test]

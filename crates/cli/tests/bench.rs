@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use common::{Said, longspan, text};
+use common::{Said, longspan, said, text};
 use serde_json::Value;
 
 /// A folder for results, and the names in it.
@@ -159,6 +159,12 @@ fn bad_usage_is_refused_before_anything_runs() {
         ("--sweep X", "X"),
         ("--repeat 0", "0"),
         ("--head-dim 512 --seq 16", "1 to 256"),
+        ("--seq 16 --ring 300000000", "1024 is the most"),
+        ("--seq 16 --ring 4294967295 --sweep R", "1024 is the most"),
+        ("--seq 16 --ranks 4294967295", "1..=1024"),
+        ("--seq 18446744073709551615 --sweep S", "2^40"),
+        ("--seq 16 --head-groups 9", "9 groups of 8 heads"),
+        ("--seq 16 --backend mpi", "ranks are threads"),
     ] {
         let results = Results::new();
         let said = results.bench(words);
@@ -168,6 +174,36 @@ fn bad_usage_is_refused_before_anything_runs() {
     }
     let said = longspan(&["bench", "--seq", "16", "--html", "/no/such/folder/x.html"]);
     assert_eq!(said.code, Some(2), "{said:?}");
+}
+
+#[test]
+fn a_batch_that_no_memory_holds_is_refused_at_once() {
+    let results = Results::new();
+    let said = results.bench("--seq 1 --batch 4294967295");
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.stderr.contains("out of memory: ") && results.is_empty(), "{said:?}");
+}
+
+/// Each process would run all of it, and write the same files.
+#[test]
+fn processes_of_a_launcher_are_refused() {
+    let mpi = [("OMPI_COMM_WORLD_SIZE", "4")];
+    let torchrun = [
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "4"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29500"),
+    ];
+    for variables in [&mpi[..], &torchrun] {
+        let results = Results::new();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_longspan"));
+        command.args(["bench", "--seq", "64", "--json", text(&results.json)]).envs(variables.iter().copied());
+        let said = said(&mut command);
+        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+        assert!(said.stderr.contains("bench's ranks are threads, and a launcher started several"), "{said:?}");
+        assert!(results.is_empty(), "nothing is written");
+    }
 }
 
 #[test]

@@ -118,6 +118,21 @@ fn a_number_that_is_not_finite_stays_in_the_rows_that_see_it() {
 }
 
 #[test]
+fn sinks_and_slopes_that_are_not_finite_are_not_verified() {
+    for name in ["sinks", "alibi_slopes"] {
+        for value in [f32::NAN, f32::INFINITY] {
+            let mut numbers = Raw::f32(name, &[4]);
+            numbers.bytes[8..12].copy_from_slice(&value.to_le_bytes());
+            let folder = Folder::new(&bytes_of(&good_but(&[numbers])));
+            let said = folder.run(&["--verify"]);
+            let why = format!("`{name}` has 1 numbers that are not finite");
+            assert!(said.code == Some(2) && said.stderr.contains(&why), "{said:?}");
+            assert_eq!(folder.files(), ["in.safetensors"], "nothing is written");
+        }
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let run = |name: &str, seed: &str| {
@@ -216,7 +231,10 @@ fn the_suite_judges_a_personality_and_writes_its_results() {
     assert!(last.contains(" passed, 0 failed") && !last.starts_with("0 "), "{last}");
     let results: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).expect("written")).expect("JSON");
     assert_eq!(results["backend"], "cpu-push");
-    assert_eq!(longspan(&["conformance", "--filter", "no such case"]).code, Some(1));
+    let none = longspan(&["conformance", "--filter", "no such case", "--json", text(&folder.path().join("none.json"))]);
+    assert_eq!((none.code, none.stdout.as_str()), (Some(2), ""), "{none:?}");
+    assert!(none.stderr.contains("--filter no such case: no case of the quick tier"), "{none:?}");
+    assert!(!folder.path().join("none.json").exists(), "nothing is written");
     assert_eq!(longspan(&["conformance", "--backend", "abacus"]).code, Some(2));
     assert_eq!(longspan(&["conformance", "--backend", "cpu:0", "--personality", "push"]).code, Some(2));
 }

@@ -338,8 +338,9 @@ impl<B: Backend> Engine for EngineOf<B> {
         let memory = device.memory()?;
         (self.kept, self.resident, self.usp) = (None, None, None);
         self.meetings.clear();
+        room::check_tensors(problem, [q, k], self.rank(), memory)?;
         let plan = Plan::new(problem, q, k, mask, self.rank())?;
-        room::check(&plan, memory)?;
+        room::check_plan(&plan, memory)?;
         let usp = Usp::prepare(&self.member, &self.stream, plan, |bytes| device.alloc(bytes))?;
         let bytes = usp.workspace();
         self.usp = Some(usp);

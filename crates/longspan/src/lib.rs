@@ -32,7 +32,12 @@
 //! ```
 //!
 //! - [`Processes`] is the same for ranks that are processes, which `mpirun` or `torchrun` started on any number of hosts.
-//! - `longspan_seqpar::Usp` works on device views of one backend, on the caller's stream: what a framework embeds.
+//! - `longspan_seqpar::Usp` works on device views of one backend, on the caller's stream: what a framework embeds. It needs the
+//!   crates `longspan-seqpar`, `longspan-hal` and a backend's (`longspan-cpu`, `longspan-cuda`, `longspan-rocm`); the example
+//!   `embed` has all of it. Ranks meet by `Member::join` with a `GroupId`, whose bytes one rank made and the framework carried to
+//!   all. `Device::adopt` takes the framework's memory (aligned to 16 bytes, alive until the work queued on it has run, or with an
+//!   owner that is kept), `Device::adopt_stream` its stream; a `Strided` says where a tensor lies, packed ones too. Forward and
+//!   backward are queued on that stream and run in the order of the calls.
 //! - `longspan_hal` has the traits that a new backend implements.
 #![forbid(unsafe_code)]
 

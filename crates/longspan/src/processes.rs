@@ -86,6 +86,15 @@ impl Processes {
         Ok(Some(Self { member, local_rank: told.local_rank, reach, mpi: matches!(told.from, From::Mpi) }))
     }
 
+    /// Whether a launcher started this process with others, by the variables that launchers set. Starts nothing itself.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if torchrun's variables are wrong.
+    pub fn launched() -> Result<bool> {
+        let variable = |name: &str| std::env::var(name).ok();
+        Ok(by_mpi(variable) || torchrun(variable)?.is_some_and(|told| told.size > 1))
+    }
+
     /// This process, from 0.
     pub fn rank(&self) -> u32 {
         self.member.rank

@@ -55,9 +55,10 @@ pub fn select<V: Visit>(selector: &str, visitor: V) -> Result<V::Output> {
         #[cfg(feature = "cpu")]
         "cpu" => open::<longspan_cpu::Cpu, V>(&indices, visitor),
         #[cfg(feature = "cpu")]
-        name if indices.is_empty() && longspan_cpu::Cpu::named(name).is_some() => {
-            visitor.visit::<longspan_cpu::Cpu>(longspan_cpu::Cpu::named(name).into_iter().collect())
-        }
+        name if longspan_cpu::Cpu::named(name).is_some() => match indices[..] {
+            [] => visitor.visit::<longspan_cpu::Cpu>(longspan_cpu::Cpu::named(name).into_iter().collect()),
+            _ => Err(Error::invalid("backend", format!("{name} is one device: write {name:?}, not {selector:?}"))),
+        },
         #[cfg(feature = "cuda")]
         "cuda" => open::<longspan_cuda::Cuda, V>(&indices, visitor),
         #[cfg(feature = "rocm")]

@@ -1,8 +1,10 @@
 //! What is measured: lengths x meshes x packings.
 
+use std::iter::successors;
+
 use longspan::{Layout, Mask, Mesh, Placement, Problem};
 
-use crate::args::{Bench, Sweep};
+use crate::args::{Bench, MOST_THREADS, Sweep};
 use crate::failure::{Failure, Result};
 use crate::job;
 
@@ -56,7 +58,7 @@ impl Case {
 pub fn list(args: &Bench) -> Result<Vec<Case>> {
     let varies = |what| args.shape.sweep.contains(&what);
     let lengths: Vec<usize> = match args.shape.seq.iter().max() {
-        Some(&most) if varies(Sweep::S) => doubling((most / 8).max(1), most),
+        Some(&most) if varies(Sweep::S) => doubling((most / 8).max(1), most).collect(),
         _ => args.shape.seq.clone(),
     }
     .into_iter()
@@ -70,9 +72,10 @@ pub fn list(args: &Bench) -> Result<Vec<Case>> {
     for &seq in &lengths {
         for (ulysses, ring) in cuts(args) {
             let mesh = Mesh::new(ulysses, ring, args.cut.placement)?;
-            let layout = job::layout(args.cut.layout, seq, &mesh);
+            job::at_most(MOST_THREADS, &mesh)?;
             let mask = job::mask(&args.cut, None, seq)?;
             mask.check(seq, seq)?;
+            let layout = job::layout(args.cut.layout, seq, &mesh);
             for packed in [false, true].into_iter().take(if args.packed { 2 } else { 1 }) {
                 let (problem, layout, mask) = (problem.clone(), layout.clone(), mask.clone());
                 cases.push(Case { problem, layout, mask, packed });
@@ -87,7 +90,10 @@ fn cuts(args: &Bench) -> Vec<(u32, u32)> {
     if let Some(ranks) = args.shape.ranks {
         return (1..=ranks).filter(|u| ranks.is_multiple_of(*u)).map(|u| (u, ranks / u)).collect();
     }
-    let sizes = |most, what| if args.shape.sweep.contains(&what) { doubling(1, most) } else { vec![most] };
+    let sizes = |most: u32, what| match args.shape.sweep.contains(&what) {
+        true => doubling(1, most.into()).map(|n| n as u32).collect(), // none is above `most`
+        false => vec![most],
+    };
     let (ulysses, ring) = (sizes(args.cut.ulysses, Sweep::U), sizes(args.cut.ring, Sweep::R));
     ulysses.into_iter().flat_map(|u| ring.iter().map(move |r| (u, *r))).collect()
 }
@@ -110,25 +116,16 @@ fn problem(args: &Bench) -> Result<Problem> {
     .with_deterministic(options.deterministic)
     .with_head_groups(options.head_groups.map(|n| n as usize))
     .with_backward(args.backward);
-    problem.check()?;
+    job::check(&problem)?;
     if args.packed && problem.head_dim != problem.head_dim_v {
         return Err(Failure::Input("--packed: q, k and v in one tensor need heads of one size".into()));
     }
     Ok(problem)
 }
 
-/// `first`, twice that, and so on, and `last`.
-fn doubling<T: Copy + Ord + std::ops::Add<Output = T>>(first: T, last: T) -> Vec<T> {
-    let mut all = vec![first];
-    let mut next = first + first;
-    while next < last {
-        all.push(next);
-        next = next + next;
-    }
-    if first < last {
-        all.push(last);
-    }
-    all
+/// `first`, twice that, and so on, and `last`, which is no less.
+fn doubling(first: u64, last: u64) -> impl Iterator<Item = u64> {
+    successors(Some(first), |n| n.checked_mul(2)).take_while(move |&n| n < last).chain([last])
 }
 
 #[cfg(test)]
@@ -153,10 +150,13 @@ mod tests {
 
     #[test]
     fn sizes_double_and_end_with_the_last() {
-        assert_eq!(doubling(1, 1), [1]);
-        assert_eq!(doubling(1, 8), [1, 2, 4, 8]);
-        assert_eq!(doubling(1, 6), [1, 2, 4, 6]);
-        assert_eq!(doubling(512, 4096), [512, 1024, 2048, 4096]);
+        let all = |first, last| doubling(first, last).collect::<Vec<_>>();
+        assert_eq!(all(1, 1), [1]);
+        assert_eq!(all(1, 8), [1, 2, 4, 8]);
+        assert_eq!(all(1, 6), [1, 2, 4, 6]);
+        assert_eq!(all(512, 4096), [512, 1024, 2048, 4096]);
+        assert_eq!(all(1, u64::from(u32::MAX)).len(), 33);
+        assert_eq!(all(u64::MAX / 8, u64::MAX).len(), 5);
     }
 
     #[test]
