@@ -186,11 +186,18 @@ impl Plan {
         [0..half, half..all]
     }
 
-    /// The spec of this rank's attention in head group `g` with `rows` keys.
-    pub(crate) fn spec(&self, g: usize, rows: usize) -> Spec {
+    /// Rows of its own with which a rank attends last in a forward, where that leaves something for messages to be beside.
+    pub(crate) fn own_rows(&self) -> Option<Range<usize>> {
+        let own = self.q.segments(self.at)[0].block.clone();
+        let apart = self.mesh.ulysses() > 1 && self.mesh.ring() == 1 && self.problem.joint == 0;
+        (apart && !own.is_empty() && own.len() < self.q_block()).then_some(own)
+    }
+
+    /// The spec of this rank's attention in head group `g` with so many query and key rows.
+    pub(crate) fn spec(&self, g: usize, rows: [usize; 2]) -> Spec {
         let q = &self.cut.of(g, self.at.ulysses as usize).q;
         self.problem
-            .spec([self.q_block(), rows])
+            .spec(rows)
             .with_head_cut(q.start, q.len(), self.problem.heads, self.problem.group())
             .with_partial(self.mesh.ring() > 1)
             .with_accumulate(self.problem.backward && self.accumulates())

@@ -54,6 +54,8 @@ pub(crate) struct KernelPlans<B: Backend> {
     pub steps: Vec<Vec<KernelPlan<B>>>,
     /// For the halves of the own keys in the backward of a ring.
     pub halves: Vec<[KernelPlan<B>; 2]>,
+    /// For the last head group of a forward without a ring: rows of others, and own rows.
+    pub last: Option<[KernelPlan<B>; 2]>,
 }
 
 /// What all attentions of a backward have in common.
@@ -103,10 +105,14 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
             let idle = run.plan.legs[t].slices.is_empty() && matches!(stage, Stage::Continue(_));
             if !idle && ring_layout::q_heads(run.plan, g) > 0 {
                 let [k, v] = self.block(g, t, [k, v])?;
-                let spec = run.plan.spec(g, run.plan.legs[t].rows);
+                let kernel = match &self.plans.last {
+                    Some([others, _]) if g + 1 == run.plan.cut.groups() => others,
+                    _ => &self.plans.steps[g][t],
+                };
+                let spec = run.plan.spec(g, [run.plan.q_block(), run.plan.legs[t].rows]);
                 let args = Forward::new(&spec, [q, k, v], stage, extras, run.scratch)?;
                 run.compute("attention forward", g * steps + t, || {
-                    run.member.attention.forward(run.compute, &self.plans.steps[g][t], &args)
+                    run.member.attention.forward(run.compute, kernel, &args)
                 })?;
             }
             if next.is_none() {
@@ -116,6 +122,28 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
             arrived = next;
         }
         Ok(())
+    }
+
+    /// The forward of this rank's own rows of head group `g`, where [`Circling::forward`] left them for the end: beside the
+    /// messages with those of others.
+    pub fn own_rows(
+        &self,
+        g: usize,
+        [q, k, v]: [View<'_, B::Device>; 3],
+        results: [ViewMut<'_, B::Device>; 2],
+        extras: Extras<'_, B::Device>,
+    ) -> Result<()> {
+        let run = self.run;
+        let (Some([_, kernel]), Some(rows)) = (&self.plans.last, run.plan.own_rows()) else {
+            return Ok(());
+        };
+        if g + 1 < run.plan.cut.groups() || ring_layout::q_heads(run.plan, g) == 0 {
+            return Ok(());
+        }
+        let spec = run.plan.spec(g, [rows.len(), k.extent()[1]]);
+        let [out, lse] = [results[0].narrow(1, rows.clone())?, results[1].narrow(1, rows.clone())?];
+        let args = Forward::new(&spec, [q.narrow(1, rows)?, k, v], Stage::All { out, lse }, extras, run.scratch)?;
+        run.compute("attention forward", g, || run.member.attention.forward(run.compute, kernel, &args))
     }
 
     /// The backward of head group `g` into `[dq, dk, dv]`, which are rounded once. dq is summed in f32 in `accumulator`
@@ -191,7 +219,7 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         if ring_layout::q_heads(run.plan, g) == 0 {
             return Ok(());
         }
-        let spec = run.plan.spec(g, k.extent()[1]);
+        let spec = run.plan.spec(g, [run.plan.q_block(), k.extent()[1]]);
         let gradients = [Gradient { into: call.dq, store }, dk, dv];
         let args = Backward::new(&spec, [call.q, k, v], call.rows, gradients, call.extras, run.scratch)?;
         run.compute("attention backward", g * run.plan.legs.len() + t, || {

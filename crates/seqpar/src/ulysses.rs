@@ -97,8 +97,8 @@ impl<B: Backend> Ulysses<B> {
         run.wait(run.transfer, taken)
     }
 
-    /// Queues, behind the compute queued so far: the all-to-all of group `g` back to rows, this rank's own part of it, what came,
-    /// and its own part of the group that has the slot next.
+    /// Queues, behind the compute queued so far: the all-to-all of group `g` back to rows, and behind that of `rest`, which no
+    /// message waits for: this rank's own part of it, what came, and its own part of the group that has the slot next.
     pub fn after(
         &self,
         run: &Run<'_, B>,
@@ -106,13 +106,14 @@ impl<B: Backend> Ulysses<B> {
         sources: &[View<'_, B::Device>],
         targets: &[Target<'_, B>],
         copies: &mut Copies<B>,
+        rest: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let attended = run.record(run.compute)?;
-        run.wait(run.transfer, Some(&attended))?;
-        run.wait(run.aside, Some(&attended))?;
+        run.order(run.compute, run.transfer)?;
         // `packed` is free.
         run.wait(run.transfer, copies.collected.as_ref())?;
         let gave = run.exchange(&self.give_back[g], &self.results(run, g)?)?;
+        rest()?;
+        run.order(run.compute, run.aside)?;
         run.aside("keep", g, || self.keep(run, g, targets))?;
         copies.taken[g % SLOTS] = self.take(run, g + SLOTS, sources)?;
         run.wait(run.aside, Some(&gave))?;

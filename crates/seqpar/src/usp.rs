@@ -157,6 +157,7 @@ impl<B: Backend> Usp<B> {
 
     /// Names of the kernels that a forward (or backward) runs, each once.
     pub fn kernels(&self, member: &Member<B>, backward: bool) -> Vec<String> {
+        let last = self.kernels.last.iter().flatten().filter(|_| !backward);
         let halves = self.kernels.halves.iter().flatten().filter(|_| backward);
         let mut names: Vec<String> = self
             .kernels
@@ -164,6 +165,7 @@ impl<B: Backend> Usp<B> {
             .iter()
             .flatten()
             .chain(halves)
+            .chain(last)
             .flat_map(|plan| member.attention.kernels(plan, backward))
             .collect();
         names.sort();
@@ -236,7 +238,9 @@ impl<B: Backend> Usp<B> {
                 }
                 Ok(())
             })?;
-            ulysses.after(run, g, &sources, &targets, &mut copies)?;
+            ulysses.after(run, g, &sources, &targets, &mut copies, || {
+                ring.own_rows(g, [blocks[0], blocks[1], blocks[2]], [results[0], results[1]], inputs.extras)
+            })?;
         }
         ulysses.finish(run, &targets)
     }
@@ -390,7 +394,7 @@ impl<B: Backend> Usp<B> {
                 }
                 Ok(())
             })?;
-            ulysses.after(run, g, &sources, &targets, &mut copies)?;
+            ulysses.after(run, g, &sources, &targets, &mut copies, || Ok(()))?;
         }
         ulysses.finish(run, &targets)
     }
@@ -474,7 +478,8 @@ impl<B: Backend> Usp<B> {
 /// Kernel plans, the scratch that the largest call needs, and the bytes of all plans.
 fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> Result<(KernelPlans<B>, usize, usize)> {
     let (mut scratch, mut lists) = (0, 0);
-    let mut of = |g: usize, rows: usize, slices: Vec<Slice>| {
+    let (queries, last) = (plan.q_block(), plan.cut.groups() - 1);
+    let mut of = |g: usize, rows: [usize; 2], slices: Vec<Slice>| {
         let spec = plan.spec(g, rows);
         member.attention.supports(&spec)?;
         let kernel = member.attention.plan(on, &spec, &Slices::new(&spec, slices)?)?;
@@ -483,17 +488,28 @@ fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> 
         Ok(kernel)
     };
     let groups = 0..plan.cut.groups();
-    let mut kernels = KernelPlans { steps: Vec::with_capacity(groups.len()), halves: Vec::new() };
+    let mut kernels = KernelPlans { steps: Vec::with_capacity(groups.len()), halves: Vec::new(), last: None };
     for g in groups {
-        let steps = plan.legs.iter().map(|leg| of(g, leg.rows, leg.slices.clone()));
+        let steps = plan.legs.iter().map(|leg| of(g, [queries, leg.rows], leg.slices.clone()));
         kernels.steps.push(steps.collect::<Result<_>>()?);
         if plan.problem.backward && plan.mesh.ring() > 1 {
             let [first, second] = plan.halves().map(|rows| {
                 let keys = rows.start as u32..rows.end as u32;
-                of(g, rows.len(), plan.legs[0].slices.iter().map(|s| s.of_keys(keys.clone())).collect())
+                of(g, [queries, rows.len()], plan.legs[0].slices.iter().map(|s| s.of_keys(keys.clone())).collect())
             });
             kernels.halves.push([first?, second?]);
         }
+    }
+    if let Some(own) = plan.own_rows() {
+        let (leg, rows) = (&plan.legs[0], own.start as u32..own.end as u32);
+        let [before, behind] = [0..rows.start, rows.end..queries as u32];
+        let others = leg.slices.iter().flat_map(|s| {
+            let back = |part: Slice, by| Slice { q: part.q.start + by..part.q.end + by, ..part };
+            [s.of_queries(before.clone()), back(s.of_queries(behind.clone()), behind.start)]
+        });
+        let others = of(last, [queries, leg.rows], others.collect())?;
+        let mine = leg.slices.iter().map(|s| s.of_queries(rows.clone())).collect();
+        kernels.last = Some([others, of(last, [own.len(), leg.rows], mine)?]);
     }
     Ok((kernels, scratch, lists))
 }
