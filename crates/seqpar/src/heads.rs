@@ -33,7 +33,8 @@ const LEAST_BYTES: usize = 16 << 20;
 
 /// Head groups of `problem` on `mesh` with so many query and key tokens: its own number, or one that is chosen, the same on every
 /// rank. That is one, unless an all-to-all moves enough and every rank has several whole KV heads to cut: more groups would
-/// share KV heads, whose gradients are then summed in f32 at home.
+/// share KV heads, whose gradients are then summed in f32 at home. Groups between the first and the last have two KV heads at
+/// least, since a kernel with fewer does not fill a device evenly.
 pub fn head_groups(problem: &Problem, mesh: &Mesh, [q_seq, k_seq]: [usize; 2]) -> usize {
     if let Some(groups) = problem.head_groups {
         return groups;
@@ -45,7 +46,7 @@ pub fn head_groups(problem: &Problem, mesh: &Mesh, [q_seq, k_seq]: [usize; 2]) -
     let dims = problem.head_dim + problem.head_dim_v;
     let elements = (q_seq / n * problem.heads + k_seq / n * problem.kv_heads) * dims * problem.batch;
     let leaving = elements * problem.dtype.size() / u * (u - 1);
-    (leaving / LEAST_BYTES).min(problem.kv_heads / u).clamp(1, MOST_GROUPS)
+    (leaving / LEAST_BYTES).min(problem.kv_heads / u / 2 + 1).clamp(1, MOST_GROUPS)
 }
 
 /// The heads of one Ulysses rank in one head group.
@@ -197,6 +198,16 @@ mod tests {
             }
             prop_assert_eq!(at, n);
         }
+    }
+
+    #[test]
+    fn long_sequences_have_more_groups_and_tiny_ones_have_one() {
+        let of = |heads, ulysses, seq| {
+            let mesh = Mesh::new(ulysses, 1, crate::Placement::default()).expect("not empty");
+            head_groups(&Problem::new(DType::Bf16, 1, heads, 128), &mesh, [seq, seq])
+        };
+        assert_eq!([1 << 10, 1 << 13, 1 << 15].map(|seq| of([32, 8], 2, seq)), [1, 2, 3]);
+        assert_eq!([of([32, 8], 4, 1 << 16), of([32, 8], 8, 1 << 17), of([24, 24], 2, 1 << 14)], [2, 1, 4]);
     }
 
     #[test]
