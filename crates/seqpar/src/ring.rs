@@ -32,6 +32,7 @@ use longspan_hal::{
 };
 
 use crate::Way;
+use crate::kernels::{KernelPlan, KernelPlans};
 use crate::message::Prepared;
 use crate::ring_layout::{self, GradientLayout, Pair, RingLayout, runs, shaped};
 use crate::run::{Event, Run};
@@ -42,20 +43,6 @@ pub(crate) struct Ring<B: Backend> {
     pub layout: RingLayout,
     pub hops: Vec<Vec<Prepared<B>>>,
     pub returns: Vec<Vec<Prepared<B>>>,
-}
-
-/// The plan of one attention.
-pub(crate) type KernelPlan<B> = <<B as Backend>::Attention as Attention<<B as Backend>::Device>>::Plan;
-
-/// Kernel plans by head group.
-#[derive(Debug)]
-pub(crate) struct KernelPlans<B: Backend> {
-    /// By step.
-    pub steps: Vec<Vec<KernelPlan<B>>>,
-    /// For the halves of the own keys in the backward of a ring.
-    pub halves: Vec<[KernelPlan<B>; 2]>,
-    /// For the last head group of a forward without a ring: rows of others, and own rows.
-    pub last: Option<[KernelPlan<B>; 2]>,
 }
 
 /// What all attentions of a backward have in common.

@@ -4,7 +4,7 @@
 //! forward:  gather(0)
 //!           for each head group g:
 //!               ring over the blocks of g            beside it: gather(g + 1)
-//!               give back out, lse of g              beside it: the ring of g + 1
+//!               give back out, lse of g              beside it: the ring of g + 1, or own rows of the last group
 //!           share joint rows
 //! backward: delta = rowsum(dout * out) - dlse, dsinks: on the shard, so `out` never travels; beside it: gather(0)
 //!           gather lse and delta, of all head groups
@@ -17,12 +17,12 @@
 use std::cell::RefCell;
 
 use longspan_hal::{
-    Attention, Backend, Collective, DType, Device, Error, Extent, Extras, Prepare, Priority, Result, Slice, Slices,
-    View, ViewMut,
+    Attention, Backend, Collective, DType, Device, Error, Extent, Extras, Prepare, Priority, Result, View, ViewMut,
 };
 
+use crate::kernels::KernelPlans;
 use crate::pass::{Pass, PassLayout};
-use crate::ring::{Circling, KernelPlans};
+use crate::ring::Circling;
 use crate::run::{Run, Stream, missing};
 use crate::trace::Trace;
 use crate::ulysses::Target;
@@ -128,7 +128,7 @@ impl<B: Backend> Usp<B> {
                 ),
             ));
         }
-        let (kernels, scratch_bytes, list_bytes) = plan_kernels(member, on, &plan)?;
+        let (kernels, scratch_bytes, list_bytes) = KernelPlans::new(member, on, &plan)?;
         let forward = PassLayout::new(&plan, false)?;
         let backward = if plan.problem.backward { Some(PassLayout::new(&plan, true)?) } else { None };
         let mut bytes = plan.bytes()?;
@@ -157,20 +157,7 @@ impl<B: Backend> Usp<B> {
 
     /// Names of the kernels that a forward (or backward) runs, each once.
     pub fn kernels(&self, member: &Member<B>, backward: bool) -> Vec<String> {
-        let last = self.kernels.last.iter().flatten().filter(|_| !backward);
-        let halves = self.kernels.halves.iter().flatten().filter(|_| backward);
-        let mut names: Vec<String> = self
-            .kernels
-            .steps
-            .iter()
-            .flatten()
-            .chain(halves)
-            .chain(last)
-            .flat_map(|plan| member.attention.kernels(plan, backward))
-            .collect();
-        names.sort();
-        names.dedup();
-        names
+        self.kernels.names(member, backward)
     }
 
     /// Queues a forward on the caller's stream.
@@ -473,45 +460,6 @@ impl<B: Backend> Usp<B> {
         }
         dsinks.map_or(Ok(()), |d| expect("dsinks", d.dtype(), d.extent(), DType::F32, [1, 1, p.heads, 1]))
     }
-}
-
-/// Kernel plans, the scratch that the largest call needs, and the bytes of all plans.
-fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> Result<(KernelPlans<B>, usize, usize)> {
-    let (mut scratch, mut lists) = (0, 0);
-    let (queries, last) = (plan.q_block(), plan.cut.groups() - 1);
-    let mut of = |g: usize, rows: [usize; 2], slices: Vec<Slice>| {
-        let spec = plan.spec(g, rows);
-        member.attention.supports(&spec)?;
-        let kernel = member.attention.plan(on, &spec, &Slices::new(&spec, slices)?)?;
-        scratch = scratch.max(member.attention.scratch_bytes(&kernel));
-        lists += member.attention.plan_bytes(&kernel);
-        Ok(kernel)
-    };
-    let groups = 0..plan.cut.groups();
-    let mut kernels = KernelPlans { steps: Vec::with_capacity(groups.len()), halves: Vec::new(), last: None };
-    for g in groups {
-        let steps = plan.legs.iter().map(|leg| of(g, [queries, leg.rows], leg.slices.clone()));
-        kernels.steps.push(steps.collect::<Result<_>>()?);
-        if plan.problem.backward && plan.mesh.ring() > 1 {
-            let [first, second] = plan.halves().map(|rows| {
-                let keys = rows.start as u32..rows.end as u32;
-                of(g, [queries, rows.len()], plan.legs[0].slices.iter().map(|s| s.of_keys(keys.clone())).collect())
-            });
-            kernels.halves.push([first?, second?]);
-        }
-    }
-    if let Some(own) = plan.own_rows() {
-        let (leg, rows) = (&plan.legs[0], own.start as u32..own.end as u32);
-        let [before, behind] = [0..rows.start, rows.end..queries as u32];
-        let others = leg.slices.iter().flat_map(|s| {
-            let back = |part: Slice, by| Slice { q: part.q.start + by..part.q.end + by, ..part };
-            [s.of_queries(before.clone()), back(s.of_queries(behind.clone()), behind.start)]
-        });
-        let others = of(last, [queries, leg.rows], others.collect())?;
-        let mine = leg.slices.iter().map(|s| s.of_queries(rows.clone())).collect();
-        kernels.last = Some([others, of(last, [own.len(), leg.rows], mine)?]);
-    }
-    Ok((kernels, scratch, lists))
 }
 
 fn targets<'a, B: Backend, const N: usize>(
