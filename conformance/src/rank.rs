@@ -156,7 +156,12 @@ pub struct Rank<B: Backend> {
     pub(crate) steps: Arc<Steps>,
     pub(crate) seed: u64,
     pub(crate) figures: BTreeMap<String, f64>,
+    /// Where memory comes from, if not from the rank's device.
+    pub(crate) lend: Option<Lend<B>>,
 }
+
+/// Memory of the rank's device that somebody else made, adopted.
+pub type Lend<B> = Arc<dyn Fn(&Rank<B>, usize) -> Result<Buffer<B>, Error> + Send + Sync>;
 
 impl<B: Backend> Deref for Rank<B> {
     type Target = Member<B>;
@@ -226,13 +231,21 @@ impl<B: Backend> Rank<B> {
         self.device.synchronize(&self.stream, self.limit)
     }
 
+    /// Memory for a case's tensors and workspace.
+    ///
+    /// # Errors
+    /// Those of the device, or of who lends.
+    pub fn alloc(&self, bytes: usize) -> Result<Buffer<B>, Error> {
+        self.lend.as_ref().map_or_else(|| self.device.alloc(bytes), |lend| lend(self, bytes))
+    }
+
     /// A tensor at `at` in memory of its own, everything poisoned.
     ///
     /// # Errors
     /// Those of the device.
     pub fn blank(&self, at: Strided) -> Result<Tensor<B>, Error> {
         let bytes = (at.byte_range().end + 64).next_multiple_of(4);
-        let buffer = self.device.alloc(bytes)?;
+        let buffer = self.alloc(bytes)?;
         self.poison(&buffer)?;
         Ok(Tensor { buffer, at })
     }

@@ -346,7 +346,7 @@ fn open<B: Backend>(seat: Seat, groups: &Groups<B>) -> Result<Rank<B>, Failure> 
     let member = Arc::new(member);
     groups.lock().unwrap_or_else(PoisonError::into_inner).push(member.clone());
     let stream = member.device.stream(Priority::Normal)?;
-    Ok(Rank { member, stream, limit, info, processes, gather, steps, seed: 0, figures: BTreeMap::new() })
+    Ok(Rank { member, stream, limit, info, processes, gather, steps, seed: 0, figures: BTreeMap::new(), lend: None })
 }
 
 /// Runs `f`; a panic is a failure.

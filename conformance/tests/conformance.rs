@@ -1,7 +1,12 @@
 //! The quick tier against every flavour of the CPU backend, and the reports that come out.
 
+use std::sync::Arc;
+
+use longspan_conformance::cases::adopted;
+use longspan_conformance::rank::Lend;
 use longspan_conformance::{Case, Failure, Options, Outcome, Report, expectations, run as judge, run_cases};
 use longspan_cpu::Cpu;
+use longspan_hal::Device;
 
 fn passes(name: &'static str) {
     let options = Options {
@@ -41,6 +46,23 @@ fn cpu_push() {
 #[test]
 fn cpu_ascend_like() {
     passes("cpu-ascend-like");
+}
+
+#[test]
+fn cpu_on_memory_of_others() {
+    for name in ["cpu", "cpu-checked"] {
+        let memory: Lend<Cpu> = Arc::new(|rank, bytes| {
+            let mut owner = Box::new(vec![0u128; bytes.div_ceil(16)]);
+            let at = owner.as_mut_ptr().cast();
+            // SAFETY: the owner keeps it, and nobody else touches it.
+            unsafe { rank.device.adopt(at, bytes, Some(Arc::new(owner))) }
+        });
+        let options =
+            Options { devices: Cpu::named(name).into_iter().collect(), name: name.into(), ..Options::default() };
+        let report =
+            run_cases(&options, adopted::cases(&memory, None), &mut |_, _, _| {}).expect("the options are right");
+        assert!(report.is_ok() && report.counts.passed == 3, "{name}: {}", report.summary());
+    }
 }
 
 fn run(expectations: &str, body: fn() -> std::result::Result<(), Failure>) -> Report {

@@ -181,20 +181,21 @@ def run(driver, program, rng, spec, slices, x):
     case.prepare(out, x["dout"], lse, x["dlse"], delta, sinks, dsinks)
     wide, atomics = "accumulate" in spec, "dq" not in case.kernels
     kind = torch.float32 if wide else dtype
-    dq, dk, dv_ = (make(*x[n].shape, kind=kind) for n in "qkv")
-    add = rng.randrange(8) if wide else 0
+    own_sums = "round" in case.kernels  # from which dq is made, also where gradients are f32
+    dq, dk, dv_ = (make(*x[n].shape, kind=dtype if own_sums and n == "q" else kind) for n in "qkv")
+    add = rng.randrange(4 if own_sums else 8) if wide else 0
     before = 0.5
     for bit, g in ((1, dk), (2, dv_), (4, dq)):
         if add & bit:
             g.fill_(before)
     sums = dq
     if atomics:
-        sums = dq if wide else make(*x["q"].shape)
+        sums = dq if wide and not own_sums else make(*x["q"].shape)
         if not add & 4:
             sums.zero_()
     case.backward(x["q"], x["k"], x["v"], x["dout"], lse, delta, sums, dk, dv_, add, **extras)
-    if atomics and not wide:
-        case.accumulate(dq, [sums])
+    if sums is not dq:
+        case.round_dq(dq, sums)
     torch.cuda.synchronize()
     minus = lambda g, bit: g.double() - (before if add & bit else 0)
     return dict(out=out, lse=lse[..., 0], dq=minus(dq, 4), dk=minus(dk, 1), dv=minus(dv_, 2), dsinks=dsinks)

@@ -139,6 +139,9 @@ class Case:
     def number(self, key, default=0):
         return self.spec.get(key, default)
 
+    def scale(self):
+        return self.number("scale", 1 / self.number("head_dim") ** 0.5)
+
     def launch(self, kind, grid, params, entry=0):
         k = self.kernels[kind]
         name = k.entries[entry] if isinstance(entry, int) else entry
@@ -154,12 +157,11 @@ class Case:
         drop = float(n("dropout", 0.0))
         below = int(struct.unpack("f", struct.pack("f", drop))[0] * 4294967296.0)
         tiles, pieces = self.lists[kind]
-        scale = n("scale", 1 / n("head_dim") ** 0.5)
         return (
             struct.pack("<QQ", tiles.data_ptr(), pieces.data_ptr()) + per_head(slopes) + struct.pack("<QQ", 0, seed)
             + struct.pack("<10I", k.tiles, heads, n("kv_heads"), k.section, n("head_first"), group,
                           n("head_first") // group, n("batch_first"), n("head_dim"), n("head_dim_v", n("head_dim")))
-            + struct.pack("<fffI", scale, n("softcap", 1.0), 1 / (1 - drop), below)
+            + struct.pack("<fffI", self.scale(), n("softcap", 1.0), 1 / (1 - drop), below)
         )
 
     def maps(self, *boxes):
@@ -173,7 +175,8 @@ class Case:
         kernel = self.kernels["forward"]
         blocks = kernel.tiles * self.number("heads")
         if kernel.box_rows:
-            params = self.maps((q, kernel.rows), (k, kernel.box_rows), (v, kernel.box_rows)) + params
+            result = self.maps((out, 64)) if out is not None else bytes(128)
+            params = self.maps((q, kernel.rows), (k, kernel.box_rows), (v, kernel.box_rows)) + result + params
             params += struct.pack("<4Q", self.counter.data_ptr(), 0, 0, 0)
             blocks = min(blocks, self.driver.units)
         self.launch("forward", blocks, params)
@@ -187,7 +190,7 @@ class Case:
             self.launch("prepare", heads, params, "prepare_dsinks")
 
     def backward(self, q, k, v, dout, lse, delta, dq, dk, dv, add=0, slopes=None, seed=0):
-        """dq is f32 and added to by atomics, unless the case has a kernel `dq`."""
+        """dq is f32 and added to, unless the case has a kernel `dq`; with a kernel `round` it is what that one takes."""
         params = b"".join(map(tensor, [q, k, v, dout, lse, delta, dq, dk, dv])) + struct.pack("<II", add, 0)
         def mapped(kernel, queries, keys, call):
             sums = self.driver.tensor_map(dq, queries, 32) if "dq" not in self.kernels else bytes(128)
@@ -212,6 +215,13 @@ class Case:
         params = tensor(into) + b"".join(map(tensor, terms)) + bytes(32 * (32 - len(terms)))
         params += struct.pack("<6I", *into.shape, len(terms), width([into, *terms]))
         self.launch("accumulate", 132 * 8, params)
+
+    def round_dq(self, dq, sums):
+        """dq of the f32 sums that `backward` leaves."""
+        if "round" not in self.kernels:
+            return self.accumulate(dq, [sums])
+        params = tensor(dq) + tensor(sums) + struct.pack("<4IfI", *dq.shape, self.scale(), width([dq, sums]) // 4)
+        self.launch("round", 132 * 8, params, "round_dq")
 
     def fill(self, to, value, kind="fill"):
         params = tensor(to) + struct.pack("<4I", *to.shape) + struct.pack("<fI", value, width([to]))

@@ -74,7 +74,7 @@ def measure(driver, program, b, h, hk, s, d, causal):
         case.prepare(out, dout, lse, None, delta)
         sums.zero_()
         case.backward(q, k, v, dout, lse, delta, sums, dk, dv)
-        case.accumulate(dq, [sums])
+        case.round_dq(dq, sums)
 
     def backward_fixed():
         fixed.prepare(out, dout, lse, None, delta)

@@ -36,6 +36,8 @@ DEVICE void barrier_wait(u32 at, u32 parity) {
 // ---- a barrier among some warps: ids 1..15 ----
 
 DEVICE void group_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Is one of them without waiting.
+DEVICE void group_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- bulk copies ----
 
@@ -44,6 +46,9 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128, "layout");
 
+// A map takes a cache miss, which its first copy would wait for.
+DEVICE void prefetch_map(const TensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 struct At {
     int column, row, head, batch;
 };
@@ -51,6 +56,12 @@ struct At {
 DEVICE void copy_box(u32 to, const TensorMap *map, At at, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
                  "l"(map), "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(barrier)
+                 : "memory");
+}
+// One box of the tensor from shared memory, as far as it lies in the tensor. One thread calls it, then copies_commit.
+DEVICE void store_box(const TensorMap *map, At at, u32 from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map), "r"(at.column),
+                 "r"(at.row), "r"(at.head), "r"(at.batch), "r"(from)
                  : "memory");
 }
 // Adds one box of f32 from shared memory to the tensor. One thread calls it, then copies_commit.
@@ -72,8 +83,9 @@ DEVICE void store_matrices(u32 at, const u32 (&r)[4]) {
                  "r"(r[3])
                  : "memory");
 }
-DEVICE void store_shared_if(bool there, u32 at, float x) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.shared.f32 [%0], %1; }" ::"r"(at), "f"(x), "r"(int(there))
+DEVICE void store_shared2_if(bool there, u32 at, float x, float y) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.shared.v2.f32 [%0], {%1, %2}; }" ::"r"(at), "f"(x), "f"(y),
+                 "r"(int(there))
                  : "memory");
 }
 DEVICE float2 load_shared2(u32 at) {
@@ -141,6 +153,8 @@ struct Operand {
     DEVICE u64 word() const { return u64(high) << 32 | low; }
 };
 DEVICE Operand along_columns(u32 at) { return {opaque(at >> 4 & 0x3fff), 1024 >> 4 | 1u << 30}; }
+// Rows of 16 columns without swizzle: [8 of them][row][8 columns], the second `half` bytes on.
+DEVICE Operand along_narrow(u32 at, u32 half) { return {opaque(at >> 4 & 0x3fff | half >> 4 << 16), 128 >> 4}; }
 DEVICE Operand along_rows(u32 at, u32 panel) { return {opaque(at >> 4 & 0x3fff | panel >> 4 << 16), 1024 >> 4 | 1u << 30}; }
 
 // product<TA, TB>(c, a, b, add): C = A B (+ C) for 16 of k. A: 4 registers or an operand; TA, TB: 1 for `along rows`.

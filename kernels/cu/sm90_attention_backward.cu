@@ -10,17 +10,20 @@
 //     consumers (2 warpgroups, 64 keys each)     for each block n, whose P^T is there
 //         dP^T = V dout^T and dV += P^T dout are started
 //         dS^T = P^T (dP^T - delta), under dV; to shared memory
-//         S^T = K Q^T of block n + 1, dQ^T = K^T dS^T of block n - 1 (each group a half of it) and dK += dS^T Q are started
+//         S^T = K Q^T of block n + 1, dQ = dS K of block n - 1 (each group a half of it) and dK += dS^T Q are started
 //         P^T = exp2(S^T - lse) of block n + 1, 0 outside the band, under those
 //         dQ of block n - 1 goes to shared memory for the adder
 //     write or add dK and dV
 //
-// So a group never waits for what the other one does at the same time. Where registers don't allow it (AHEAD 0), S^T is started
-// with dP^T of its block, and dQ of the block when both groups have written dS^T.
+// So a group never waits for what the other one does at the same time, but for its turn. Where registers don't allow it (AHEAD 0),
+// S^T is started with dP^T of its block, and dQ of the block when both groups have written dS^T.
 //
 // Rows of Q, dout, K, V past a piece or tile may hold anything: the copier zeroes them. (Shah et al., FlashAttention-3, 2024.)
 //
-// Macros: those of sm90_backward.cuh (BLOCK_M: 64, or 128 for small heads; BLOCK_N: 128), AHEAD, REGISTERS,
+// With DQ_QUADS the sums of dQ lack the scale, and the quads of every 32 columns lie in the order 0 2 4 6 1 3 5 7, in which a
+// warp's words of dQ are in different banks: sm90_attention_backward_round.cu mends both.
+//
+// Macros: those of sm90_backward.cuh (BLOCK_M: 64, or 128 for small heads; BLOCK_N: 128), AHEAD, DQ_QUADS, REGISTERS,
 // PRODUCER_REGISTERS.
 
 // ---- the adder ----
@@ -60,6 +63,7 @@ struct Consumer {
 #endif
     u32 head;
     u32 turn;
+    Parts parts;
 
     DEVICE void use_head(u32 of) {
         if (of == head) return;
@@ -109,7 +113,7 @@ struct Consumer {
     // Of columns 8 first.. to 8 past.
     DEVICE void exponentials(Pairs &s, u32 stats, int first, int past) {
         UNROLL for (int j = first; j < past; ++j) {
-            const float2 lse = load_shared2(stats + 32 * j);
+            const float2 lse = FOLD ? float2{} : load_shared2(stats + 32 * j);
             UNROLL for (int e = 0; e < 4; ++e) s[j][e] = exp2_fast(s[j][e] * score.unit - (e % 2 ? lse.y : lse.x));
         }
     }
@@ -130,7 +134,7 @@ struct Consumer {
     // dP^T becomes dS^T.
     DEVICE void differences(Pairs &dp, const Pairs &s, u32 stats) {
         UNROLL for (int j = 0; j < BLOCK_M / 8; ++j) {
-            const float2 delta = load_shared2(stats + BLOCK_M * 4 + 32 * j);
+            const float2 delta = FOLD ? float2{} : load_shared2(stats + STATISTIC + 32 * j);
             UNROLL for (int e = 0; e < 4; ++e) {
                 float x = dp[j][e], by = s[j][e];
 #if DROPOUT
@@ -153,29 +157,30 @@ struct Consumer {
     }
 
 #if DQ
-    // This group's part of dQ^T = K^T dS^T: 64 columns of the head; of a head of 64, half of the queries.
-    static constexpr int DQ_QUERIES = HEAD_DIM == 64 ? BLOCK_M / 2 : BLOCK_M;
-    typedef float DQuery[DQ_QUERIES / 8][4];
+    // This group's part of dQ = dS K: half of the head's columns, or of 128 queries.
+    static constexpr bool BY_QUERIES = BLOCK_M == 128;
+    static constexpr int DQ_COLUMNS = BY_QUERIES ? HEAD_DIM : HEAD_DIM / 2;
+    typedef float DQuery[DQ_COLUMNS / 8][4];
 
     DEVICE void start_dq(DQuery &dq, u32 turn) {
-        const u32 ds = ds_of(turn);
-        const u32 query = HEAD_DIM == 64 ? group * DQ_QUERIES : 0;
-        const Operand a = along_rows(base + (HEAD_DIM == 64 ? 0 : group * KEY_PANEL), KEY_PANEL);
-        const Operand b = along_rows(ds + query / 64 * KEY_PANEL + query % 64 * 2, KEY_PANEL);
+        const u32 column = BY_QUERIES ? 0 : group * DQ_COLUMNS;
+        const Operand a = along_rows(ds_of(turn) + (BY_QUERIES ? group * KEY_PANEL : 0), KEY_PANEL);
+        const Operand b = along_rows(base + column / 64 * KEY_PANEL + column % 64 * 2, KEY_PANEL);
         products_fence();
         UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk)
             product<1, 1>(dq, a.on(kk * 2048), b.on(kk * 2048), kk > 0);
         products_commit();
     }
 
-    // Words of a warp's store lie in different banks: 4 rows, in each 8 columns, permuted by the row. (Predicated, since the
-    // compiler serialises the products where a branch reads accumulators.)
-    DEVICE void store_dq(const DQuery &dq, int e, bool there) {
-        const int lane = here(), row = (HEAD_DIM == 64 ? group * DQ_QUERIES : 0) + lane % 4 * 2 + e % 2;
-        const int column = (HEAD_DIM == 64 ? 0 : 64 * group) + 16 * warp + lane / 4 + 8 * (e / 2);
-        const u32 unit = u32(column % 32 / 4) ^ u32(row % 8);
-        const u32 to = base + DQ_AT + column / 32 * DQ_BOX + row * 128 + unit * 16 + column % 4 * 4;
-        UNROLL for (int j = 0; j < DQ_QUERIES / 8; ++j) store_shared_if(there, to + 1024 * j, dq[j][e] * p.problem.scale);
+    // Half of the rows. (Predicated, since the compiler serialises the products where a branch reads accumulators.)
+    DEVICE void store_dq(const DQuery &dq, int half, bool there) {
+        const int lane = here(), quad = lane % 4, row = (BY_QUERIES ? 64 * group : 0) + 16 * warp + lane / 4 + 8 * half;
+        const u32 to = base + DQ_AT + (BY_QUERIES ? 0 : group * DQ_COLUMNS / 32 * DQ_BOX) + row * 128 + quad % 2 * 8;
+        const float scale = DQ_QUADS ? 1.0f : p.problem.scale;
+        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j) {
+            const u32 unit = u32(DQ_QUADS ? quad / 2 * 4 + j % 4 : j % 4 * 2 + quad / 2) ^ u32(lane / 4);
+            store_shared2_if(there, to + j / 4 * DQ_BOX + unit * 16, dq[j][2 * half] * scale, dq[j][2 * half + 1] * scale);
+        }
     }
 #endif
 
@@ -208,23 +213,35 @@ struct Consumer {
 
     DEVICE const Block &block(u32 turn) { return reinterpret_cast<const Block *>(memory + BLOCKS_AT)[turn % BLOCKS]; }
     DEVICE u32 queries(u32 turn) { return base + Q_AT + turn % Q_STAGES * Q_BYTES; }
-    DEVICE u32 statistics(u32 turn) { return base + STATS_AT + turn % STAGES * 2 * BLOCK_M * 4 + here() % 4 * 8; }
-    DEVICE void wait_queries(u32 turn) { barrier_wait(base + FULL_Q + 8 * (turn % Q_STAGES), turn / Q_STAGES & 1); }
-    DEVICE void start_scores(Pairs &s, u32 turn) { start_pairs<HEAD_DIM>(s, base + group * 8192, queries(turn)); }
+    DEVICE u32 statistics_at(u32 turn) { return base + STATS_AT + turn % STAGES * 2 * STATISTIC; }
+    DEVICE u32 statistics(u32 turn) { return statistics_at(turn) + here() % 4 * 8; }
     DEVICE void wait_statistics(u32 turn) { barrier_wait(base + FULL_S + 8 * (turn % STAGES), turn / STAGES & 1); }
+    DEVICE void wait_queries(u32 turn) {
+        barrier_wait(base + FULL_Q + 8 * (turn % Q_STAGES), turn / Q_STAGES & 1);
+        if (FOLD) wait_statistics(turn);
+    }
+    DEVICE void start_scores(Pairs &s, u32 turn) {
+        start_pairs<HEAD_DIM>(s, base + group * 8192, queries(turn), parts, statistics_at(turn));
+    }
     DEVICE void weigh_block(Pairs &s, Packed &weights, u32 turn) {
-        wait_statistics(turn);
+        if (!FOLD) wait_statistics(turn);
         use_head(block(turn).head);
         probabilities(s, weights, block(turn), statistics(turn));
     }
 
+    // The groups take turns in starting S, dQ and dK, so that exponentials of one run under products of the other. Left to
+    // themselves they fall into step or out of it by chance.
+    DEVICE void take_turn() { group_sync(2 + group, 256); }
+    DEVICE void give_turn(int to) { group_arrive(2 + to, 256); }
+
     // dQ is stored between exponentials: both take their time, in different units.
-    static constexpr bool MIXED = AHEAD && DQ && !TRANSFORM;
+    static constexpr bool MIXED = AHEAD && DQ;
 
     // All blocks of a tile.
     DEVICE void gather_all(Keys &dk, Values &dv) {
         Pairs s, dp;
         Packed weights, ds;
+        load_parts(parts);
         if (AHEAD) {
             wait_queries(turn);
             start_scores(s, turn);
@@ -241,7 +258,7 @@ struct Consumer {
             last = block(turn).flags & LAST;
             const u32 stage = turn % STAGES, gradients = base + O_AT + stage * O_BYTES;
             barrier_wait(base + FULL_O + 8 * stage, turn / STAGES & 1);
-            start_pairs<HEAD_DIM_V>(dp, base + V_AT + group * 8192, gradients);
+            start_pairs<HEAD_DIM_V>(dp, base + V_AT + group * 8192, gradients, parts, statistics_at(turn) + STATISTIC);
             if (AHEAD) {
                 start_values(dv, weights, s, gradients);
             } else {
@@ -252,11 +269,12 @@ struct Consumer {
             products_wait<AHEAD>();
             pin(dp);
             differences(dp, s, statistics(turn));
-            arrive(FREE_S + 8 * stage);
+            barrier_arrive(base + FREE_S + 8 * stage);
             pin(dp);
             if (AHEAD) {
                 if (!last) wait_queries(turn + 1);
                 pin(s);
+                take_turn();
                 start_scores(s, turn + 1);  // after the last block a product of what is there, which is not used
                 products_wait<1>();
                 values_done(dv, weights, turn);
@@ -270,24 +288,22 @@ struct Consumer {
                 if (!first) barrier_wait(base + FULL_DS + 8 * ((turn - 1) % 2), (turn - 1) / 2 & 1);
                 start_dq(dq, turn - 1);
             }
-            fence_proxy();
-            if (AHEAD) arrive(FULL_DS + 8 * (turn % 2));
 #endif
-            if (!AHEAD) start_values(dv, weights, s, gradients);
+            if (!AHEAD) {
+                fence_proxy();
+                start_values(dv, weights, s, gradients);
 #if DQ
-            if (AHEAD) {
-                group_sync(1 + group, 128);
-            } else {
                 group_sync(1, 128 * GROUPS);
                 start_dq(dq, turn);
-            }
 #endif
+            }
             pin(dk);
+            pin(ds);
+            start_gather<HEAD_DIM>(dk, ds, queries(turn));
+            if (AHEAD) give_turn(group ^ 1);
             if (AHEAD && DQ) {
-                start_gather<HEAD_DIM>(dk, along_columns(ds_of(turn) + group * 8192), queries(turn));
-            } else {
-                pin(ds);
-                start_gather<HEAD_DIM>(dk, ds, queries(turn));
+                fence_proxy();
+                arrive(FULL_DS + 8 * (turn % 2));
             }
             products_wait<1 + DQ>();
             if (!AHEAD) {
@@ -298,7 +314,7 @@ struct Consumer {
                     if (!MIXED) {
                         weigh_block(s, weights, turn + 1);
                     } else {
-                        wait_statistics(turn + 1);
+                        if (!FOLD) wait_statistics(turn + 1);
                         const Block &next = block(turn + 1);
                         if (next.flags & MASKED << group) mask(s, next.piece, key(), query(next));
                     }
@@ -311,16 +327,17 @@ struct Consumer {
             if (there) wait_store(of);
             products_wait<1>();
             pin(dq);
-            UNROLL for (int e = 0; e < 4; ++e) {
-                if (MIXED) exponentials(s, statistics(turn + 1), (4 + e) * BLOCK_M / 64, (5 + e) * BLOCK_M / 64);
-                store_dq(dq, e, there);
+            UNROLL for (int half = 0; half < 2; ++half) {
+                if (MIXED) exponentials(s, statistics(turn + 1), (2 + half) * BLOCK_M / 32, (3 + half) * BLOCK_M / 32);
+                store_dq(dq, half, there);
             }
             if (there) stored(of);
 #endif
             first = false;
             products_wait<0>();
             pin(dk);
-            if (!(AHEAD && DQ)) pin(ds);
+            pin(ds);
+            if (FOLD) pin(parts);
             arrive(FREE_Q + 8 * (turn % Q_STAGES));
         }
 #if DQ
@@ -330,11 +347,13 @@ struct Consumer {
             start_dq(dq, turn - 1);
             products_wait<0>();
             pin(dq);
+            arrive(FREE_KV);
             wait_store(turn - 1);
-            UNROLL for (int e = 0; e < 4; ++e) store_dq(dq, e, true);
+            UNROLL for (int half = 0; half < 2; ++half) store_dq(dq, half, true);
             stored(turn - 1);
         }
 #endif
+        if (!(AHEAD && DQ)) arrive(FREE_KV);
     }
 
     DEVICE void run() {
@@ -346,8 +365,10 @@ struct Consumer {
             tile = &work.tile;
             head = ~0u;
             barrier_wait(base + FULL_KV, n & 1);
-            if (work.state == BUSY) gather_all(dk, dv);
-            arrive(FREE_KV);
+            if (work.state == BUSY)
+                gather_all(dk, dv);
+            else
+                arrive(FREE_KV);
             const bool add_k = p.add & 1, add_v = p.add & 2;
             const int row = 64 * group + 16 * warp + here() / 4;
             if (work.state == BUSY || !add_k)
@@ -373,6 +394,9 @@ KERNEL(THREADS, 1) attention_backward(PARAMS(MappedBackwardParams) p) {
 #endif
     } else {
         registers_more<REGISTERS>();
-        Consumer{p.call, memory, base, group, warp % 4, lane, nullptr, score_of(p.call.problem, 0)}.run();
+        Consumer consumer{p.call, memory, base, group, warp % 4, lane, nullptr, score_of(p.call.problem, 0)};
+        if (AHEAD && group == 1) consumer.give_turn(0);
+        consumer.run();
+        if (AHEAD && group == 0) consumer.take_turn();
     }
 }

@@ -111,7 +111,7 @@ struct Group {
 #if ALIBI
             score = score_of(p.problem, block.head);
 #endif
-            start_pairs<HEAD_DIM>(s, base, queries());
+            start_pairs<HEAD_DIM>(s, base, queries(), {}, 0);
             products_wait<1>();  // dV of the block before: the sooner its rows are free, the sooner others are there
             pin(dv);
             pin(weights);
@@ -121,7 +121,7 @@ struct Group {
             pin(s);
             free_queries(turn);
             probabilities(s, block, tile, score);
-            arrive(FREE_S + 8 * (turn % STAGES));
+            barrier_arrive(base + FREE_S + 8 * (turn % STAGES));
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
             wait_gradients();
             pin(dv);
@@ -139,7 +139,7 @@ struct Group {
         for (bool first = true, last = false; !last; ++turn, first = false) {
             last = described().flags & LAST;
             wait_gradients();
-            start_pairs<HEAD_DIM_V>(dp, base + V_AT, gradients());
+            start_pairs<HEAD_DIM_V>(dp, base + V_AT, gradients(), {}, 0);
             products_wait<1>();
             pin(dk);
             pin(ds);
@@ -149,7 +149,7 @@ struct Group {
             pin(dp);
             free_gradients(turn);
             differences(dp);
-            arrive(FREE_S + 8 * (turn % STAGES));
+            barrier_arrive(base + FREE_S + 8 * (turn % STAGES));
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) as_a(ds[i], dp[2 * i], dp[2 * i + 1]);
             pin(dk);
             pin(ds);

@@ -6,11 +6,12 @@
 //                                   it comes to its last block
 //     producer (one warp)           for each tile, for each block of BLOCK_N keys of the tile's pieces:
 //                                       wait until a stage is free; describe the block; start the copies of Q, K, V
+//     writer (one warp)             copies the results of a tile to the tensor, while consumers go on to the next
 //     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
 //                                       S = Q K_n^T and acc += P V_{n-1} are started       (P in registers)
 //                                       S is there: P' = exp2(S - m), l += rowsum(P')      under P V_{n-1}
 //                                       acc is there: rescale it; P = P'
-//                                       between two tiles: write (acc, m, l), or out and lse
+//                                       between two tiles: write (acc, m, l), or lse, and out to shared memory for the writer
 //
 // The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. One
 // group's exponentials run under the other's products, too; making the groups take turns in that gained nothing.
@@ -33,11 +34,12 @@ struct ForwardParams {
 };
 struct MappedForwardParams {
     TensorMap q, k, v;  // boxes of 64 columns; BLOCK_M or BLOCK_N rows
+    TensorMap out;      // of 64 rows
     ForwardParams call;
     u64 counter;  // u32 in device memory: 0, and 0 again when the kernel is done
     u64 unused[3];
 };
-static_assert(sizeof(ForwardParams) == 416 && sizeof(MappedForwardParams) == 832, "layout");
+static_assert(sizeof(ForwardParams) == 416 && sizeof(MappedForwardParams) == 960, "layout");
 
 constexpr int BLOCK_M = 64 * GROUPS;
 constexpr int THREADS = 128 * (GROUPS + 1);
@@ -47,6 +49,8 @@ constexpr float LAZY = 3.0f;
 constexpr int PANELS = (HEAD_DIM + 63) / 64, PANELS_V = (HEAD_DIM_V + 63) / 64;
 constexpr u32 Q_PANEL = BLOCK_M * 128, KEY_PANEL = BLOCK_N * 128;
 constexpr u32 Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * KEY_PANEL, V_BYTES = PANELS_V * KEY_PANEL;
+// Results leave by bulk copies out of their tile's Q, which is not needed any more.
+constexpr bool BOXES = Q_STAGES > 1 && PANELS_V <= PANELS;
 constexpr u32 K_AT = Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * K_BYTES, WORDS_AT = V_AT + STAGES * V_BYTES;
 
 typedef float Scores[BLOCK_N / 8][4];
@@ -77,14 +81,18 @@ struct Work {
 };
 static_assert(sizeof(Work) == 96, "layout");
 constexpr int WORKS = 2;
-constexpr int PIECE_WORDS = sizeof(Piece) / 4, TILE_WORDS = sizeof(Tile) / 4;
+
+// What the consumers tell about results that lie in a stage of Q.
+struct Results {
+    u32 batch, row0, rows, head, end, unused[3];  // end: no more
+};
 
 // Memory barriers, then descriptions of blocks and tiles.
 constexpr u32 FULL_K = WORDS_AT, FULL_V = FULL_K + 8 * STAGES, FREE_K = FULL_V + 8 * STAGES, FREE_V = FREE_K + 8 * STAGES;
 constexpr u32 FULL_Q = FREE_V + 8 * STAGES, FREE_Q = FULL_Q + 8 * Q_STAGES, RAW_V = FREE_Q + 8 * Q_STAGES;
-constexpr u32 FULL_W = RAW_V + 8, NEXT_W = FULL_W + 8 * WORKS;
-constexpr u32 BLOCKS_AT = WORDS_AT + 160, WORKS_AT = BLOCKS_AT + BLOCKS * sizeof(Block);
-static_assert(NEXT_W + 8 <= BLOCKS_AT && WORKS_AT + WORKS * sizeof(Work) == SHARED_BYTES, "shared memory");
+constexpr u32 FULL_W = RAW_V + 8, NEXT_W = FULL_W + 8 * WORKS, FULL_O = NEXT_W + 8;
+constexpr u32 BLOCKS_AT = WORDS_AT + 160, WORKS_AT = BLOCKS_AT + BLOCKS * sizeof(Block), RESULTS_AT = WORKS_AT + WORKS * sizeof(Work);
+static_assert(FULL_O + 8 * Q_STAGES <= BLOCKS_AT && RESULTS_AT + 2 * sizeof(Results) == SHARED_BYTES, "shared memory");
 
 // ---- the producer ----
 
@@ -142,21 +150,16 @@ struct Producer {
         if (lane == 0) barrier_arrive(full);
     }
 
-    // Describes a block and copies its K, and V of the block before. A lane writes a word of the description.
+    // Describes a block and copies its K, and V of the block before.
     DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
         const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
         flags |= seen(work.tile, piece, key);
-        const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? u32(key)
-                         : lane == PIECE_WORDS + TILE_WORDS + 1 ? flags
-                         : lane == PIECE_WORDS + TILE_WORDS + 2 ? work.head
-                                                                : tiles % Q_STAGES;
-        const u32 *from = lane < PIECE_WORDS ? reinterpret_cast<const u32 *>(&piece) + lane
-                                             : reinterpret_cast<const u32 *>(&work.tile) + lane - PIECE_WORDS;
-        const u32 word = lane < PIECE_WORDS + TILE_WORDS ? *from : last;
         barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
-        if (lane < int(sizeof(Block) / 4)) reinterpret_cast<u32 *>(memory + BLOCKS_AT + turn % BLOCKS * sizeof(Block))[lane] = word;
-        __syncwarp();
         if (lane == 0) {
+            Block &block = reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS];
+            block.piece = piece;
+            block.tile = work.tile;
+            block.key = key, block.flags = flags, block.head = work.head, block.q_stage = tiles % Q_STAGES;
             barrier_expect(full, K_BYTES);
             UNROLL for (int i = 0; i < PANELS; ++i)
                 copy_box(base + K_AT + s * K_BYTES + i * KEY_PANEL, &p.k, {64 * i, key, int(work.kv), int(work.tile.batch)}, full);
@@ -171,7 +174,8 @@ struct Producer {
         const u32 s = turn % STAGES;
         barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
         if (lane == 0) {
-            reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS].flags = END;
+            Block &block = reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS];
+            block.flags = END, block.q_stage = tiles % Q_STAGES;
             barrier_arrive(base + FULL_K + 8 * s);
         }
         if (turn > 0) values();
@@ -224,17 +228,14 @@ DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, 
         // To load and store the partial of a tile that sees no key changes nothing.
         if (end || tile->count || !PARTIAL || p.call.stage != 3) {
             const bool some = !end && tile->count;
-            const u32 *piece = reinterpret_cast<const u32 *>(reinterpret_cast<const Piece *>(problem.pieces) + (some ? tile->first : 0));
-            const u32 last = lane == PIECE_WORDS + TILE_WORDS       ? where.head
-                             : lane == PIECE_WORDS + TILE_WORDS + 1 ? kv_head(problem, where.head)
-                                                                    : u32(end);
-            const u32 *from = lane < PIECE_WORDS ? piece + lane : reinterpret_cast<const u32 *>(tile) + lane - PIECE_WORDS;
-            const bool there = lane < PIECE_WORDS ? some : !end && lane < PIECE_WORDS + TILE_WORDS;
-            const u32 word = there ? *from : last;
-            if (lane < int(sizeof(Work) / 4))
-                reinterpret_cast<u32 *>(memory + WORKS_AT + count % WORKS * sizeof(Work))[lane] = word;
+            if (lane == 0) {
+                Work &work = reinterpret_cast<Work *>(memory + WORKS_AT)[count % WORKS];
+                work.first = some ? reinterpret_cast<const Piece *>(problem.pieces)[tile->first] : Piece{};
+                if (!end) work.tile = *tile;
+                work.head = where.head, work.kv = kv_head(problem, where.head), work.end = end;
+                barrier_arrive(base + FULL_W + 8 * (count % WORKS));
+            }
             __syncwarp();
-            if (lane == 0) barrier_arrive(base + FULL_W + 8 * (count % WORKS));
             if (end) return;
             barrier_wait(base + NEXT_W, count++ & 1);
         }
@@ -243,6 +244,46 @@ DEVICE void plan(const MappedForwardParams &p, unsigned char *memory, u32 base, 
         index = gridDim.x + uniform(taken);
         // The last of all blocks to come here makes the counter 0 again.
         if (lane == 0 && index == total + gridDim.x - 1) *reinterpret_cast<u32 *>(p.counter) = 0;
+    }
+}
+
+// ---- the writer ----
+//
+// A warp of its own: a loop within the consumers' loop, such as this one over ragged rows, costs them their uniform registers.
+
+DEVICE void write(const MappedForwardParams &p, const Results *results, u32 base, int lane) {
+    constexpr int UNITS = 8 * PANELS_V;
+    const int dim = EXACT ? HEAD_DIM_V : p.call.problem.head_dim_v;
+    for (u32 n = 0;; ++n) {
+        const u32 stage = n % Q_STAGES;
+        barrier_wait(base + FULL_O + 8 * stage, n / Q_STAGES & 1);
+        const Results &r = results[stage];
+        u32 from = base + stage * Q_BYTES;
+#pragma unroll 1
+        for (int left = r.rows, row = r.row0; left > 0; left -= 64, row += 64, from += 8192) {
+            if (left >= 64) {
+                if (lane == 0)
+                    UNROLL for (int i = 0; i < PANELS_V; ++i)
+                        store_box(&p.out, {64 * i, row, int(r.head), int(r.batch)}, from + i * Q_PANEL);
+                continue;
+            }
+#pragma unroll 1
+            for (int i = lane; i < left * UNITS; i += WARP) {
+                const int down = i / UNITS, unit = i % UNITS;
+                if (8 * unit < dim)
+                    *reinterpret_cast<float4 *>(at<u16>(p.call.out, r.batch, row + down, r.head) + 8 * unit) =
+                        load_shared4(from + unit / 8 * Q_PANEL + down * 128 + (unit % 8 ^ down % 8) * 16);
+            }
+            fence_proxy();
+        }
+        const bool end = r.end;
+        __syncwarp();
+        if (lane == 0) {
+            copies_commit();
+            copies_read<0>();
+            barrier_arrive(base + FREE_Q + 8 * stage);
+        }
+        if (end) return;
     }
 }
 
@@ -401,31 +442,58 @@ DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int r
 }
 #endif
 
-DEVICE void finish(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, const Rows &r, Output &acc) {
-    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v, left_rows = int(t.row0 + t.rows) - row;
+// Factors that make results of sums, and lse. Without branches, so that the two rows' chains of shuffles and divisions run side by side.
+struct Ends {
+    float factor[2], lse[2];
+};
+DEVICE Ends ends_of(const ForwardParams &p, u32 head, float unit, const Rows &r) {
     const float sink = p.sinks.ptr ? *at<const float>(p.sinks, 0, 0, p.problem.head_first + head) * LOG2E : -INFINITY_F;
-    u16 *out = at<u16>(p.out, t.batch, row, head);
-    float *lse = at<float>(p.lse, t.batch, row, head);
+    Ends ends;
     UNROLL for (int half = 0; half < 2; ++half) {
-        float l = whole_row(r.l[half]), m = r.m[half] * unit;
-        if (r.m[half] == -INFINITY_F) m = -INFINITY_F;
-        float top = maximum(m, sink), by = 1.0f;
-        if (top != m) {  // the sink is above: everything shrinks by exp(m - sink)
-            by = exp2_fast(m - top);
-            l = l * by + 1.0f;
-        } else if (sink != -INFINITY_F) {
-            l += exp2_fast(sink - top);
-        }
-        const bool inside = 8 * half < left_rows;
-        const float factor = l == 0.0f ? 0.0f : divide_fast(by, l);
-        if (inside && quad == 0) *(lse + 8 * half * p.lse.row) = top == -INFINITY_F ? top : top * LN2 + __logf(l);
-        const int left = inside ? dim : 0;
+        const float m = r.m[half] == -INFINITY_F ? -INFINITY_F : r.m[half] * unit;
+        const float top = maximum(m, sink), above = top == -INFINITY_F ? 0.0f : top;
+        const float by = exp2_fast(m - above), l = whole_row(r.l[half]) * by + exp2_fast(sink - above);
+        ends.factor[half] = l == 0.0f ? 0.0f : divide_fast(by, l);
+        ends.lse[half] = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+    }
+    return ends;
+}
+
+// `left` rows are inside.
+DEVICE void store_lse(const ForwardParams &p, const Tile &t, u32 head, int row, int left, const float (&lse)[2]) {
+    float *to = at<float>(p.lse, t.batch, row, head);
+    UNROLL for (int half = 0; half < 2; ++half)
+        if (8 * half < left && threadIdx.x % 4 == 0) *(to + 8 * half * p.lse.row) = lse[half];
+}
+
+DEVICE void store_rows(const ForwardParams &p, const Tile &t, u32 head, int row, int left_rows, const float (&factors)[2], Output &acc) {
+    const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
+    u16 *out = at<u16>(p.out, t.batch, row, head);
+    UNROLL for (int half = 0; half < 2; ++half) {
+        const float factor = factors[half];
+        const int left = 8 * half < left_rows ? dim : 0;
         u16 *to = out + 8 * half * p.out.row;
         UNROLL for (int j = 0; j + 4 <= HEAD_DIM_V / 8; j += 4)
             store_pairs(to + 8 * j, reinterpret_cast<const float(&)[4][4]>(acc[j]), half, factor, quad, left - 8 * j);
         UNROLL for (int j = HEAD_DIM_V / 32 * 4; j < HEAD_DIM_V / 8; ++j)
             store_pair(to + 8 * j + 2 * quad, acc[j][2 * half] * factor, acc[j][2 * half + 1] * factor, left - 8 * j - 2 * quad);
     }
+}
+
+// A warp's 16 rows to shared memory.
+DEVICE void put_rows(u32 to, const float (&factors)[2], const Output &acc) {
+    const int lane = threadIdx.x % WARP;
+    // Of matrix lane / 8: rows 0.. or 8.. of unit 0 or 1.
+    const u32 at = to + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    UNROLL for (int i = 0; i < HEAD_DIM_V / 16; ++i) {
+        u32 packed[4];
+        UNROLL for (int e = 0; e < 4; ++e) {
+            const float *pair = acc[2 * i + e / 2] + e % 2 * 2;
+            packed[e] = pack2(pair[0] * factors[e % 2], pair[1] * factors[e % 2]);
+        }
+        store_matrices((at ^ i % 4 * 32) + i / 4 * Q_PANEL, packed);
+    }
+    fence_proxy();
 }
 
 // S = Q K^T.
@@ -448,6 +516,7 @@ DEVICE void weigh(Output &acc, const u32 (&weights)[BLOCK_N / 16][4], u32 v, boo
 struct Consumer {
     const ForwardParams &p;
     const Block *blocks;
+    Results *results;
     u32 base;
     int group, lane, lane_row;
     u32 tiles;  // whose Q was waited for
@@ -469,11 +538,11 @@ struct Consumer {
         scores(s, base + block.q_stage * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
     }
 
-    // K, and at a tile's end Q, may be overwritten.
+    // K may be overwritten, and at a tile's end Q, unless results go through it.
     DEVICE void free_keys(const Block &block, u32 turn) {
         if (lane != 0) return;
         barrier_arrive(base + FREE_K + 8 * (turn % STAGES));
-        if (block.flags & LAST) barrier_arrive(base + FREE_Q + 8 * block.q_stage);
+        if (!BOXES && block.flags & LAST) barrier_arrive(base + FREE_Q + 8 * block.q_stage);
     }
 
     // Whoever frees values waits for them first, used or not: only then the turn before is over for all.
@@ -523,15 +592,30 @@ struct Consumer {
         return by;
     }
 
-    DEVICE void end_tile(const Block &block, Rows &rows, Output &acc) {
-        const int row = int(block.tile.row0) + lane_row;
+    DEVICE void end_tile(const Block &block, Rows &rows, Output &acc, bool end = false) {
+        const int row = int(block.tile.row0) + lane_row, left = int(block.tile.row0 + block.tile.rows) - row;
 #if PARTIAL
         if (p.stage & 2) {
             store_partial(p, block.tile, block.head, row, score.unit, rows, acc);
+            tell_writer(block, 0, end);
             return;
         }
 #endif
-        finish(p, block.tile, block.head, row, score.unit, rows, acc);
+        const Ends ends = ends_of(p, block.head, score.unit, rows);
+        if (BOXES) {
+            put_rows(base + block.q_stage * Q_BYTES + (lane_row - lane / 4) * 128, ends.factor, acc);
+            tell_writer(block, block.tile.rows, end);
+        } else {
+            store_rows(p, block.tile, block.head, row, left, ends.factor, acc);
+        }
+        store_lse(p, block.tile, block.head, row, left, ends.lse);  // after the fence, which would wait for it
+    }
+
+    // Every lane arrives, since every lane wrote.
+    DEVICE void tell_writer(const Block &block, u32 rows, bool end) {
+        if (!BOXES) return;
+        if (threadIdx.x == 0) results[block.q_stage] = {block.tile.batch, block.tile.row0, rows, block.head, end};
+        barrier_arrive(base + FULL_O + 8 * block.q_stage);
     }
 
     DEVICE void run() {
@@ -539,7 +623,10 @@ struct Consumer {
         Scores s;
         u32 weights[BLOCK_N / 16][4];
         const Block *block = &described(0);
-        if (block->flags & END) return;
+        if (block->flags & END) {
+            tell_writer(*block, 0, true);
+            return;
+        }
         wait_queries(*block);
         start_rows(*block);
         start_sums(*block, acc);
@@ -600,7 +687,7 @@ struct Consumer {
         start_values(acc, weights, turn - 1);
         products_wait<0>();
         pin(acc);
-        end_tile(*block, rows, acc);
+        end_tile(*block, rows, acc, true);
     }
 };
 
@@ -608,6 +695,11 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 base = shared_address(memory);
     const int warp = uniform(threadIdx.x / WARP), group = warp / 4;
+    if (threadIdx.x == THREADS - 1) {
+        prefetch_map(&p.q);
+        prefetch_map(&p.k);
+        prefetch_map(&p.v);
+    }
     if (threadIdx.x == 0) {
         UNROLL for (int i = 0; i < STAGES; ++i) {
             barrier_init(base + FULL_K + 8 * i, 1);
@@ -617,7 +709,8 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
         }
         UNROLL for (int i = 0; i < Q_STAGES; ++i) {
             barrier_init(base + FULL_Q + 8 * i, 1);
-            barrier_init(base + FREE_Q + 8 * i, 4 * GROUPS);
+            barrier_init(base + FREE_Q + 8 * i, BOXES ? 1 : 4 * GROUPS);
+            barrier_init(base + FULL_O + 8 * i, 128 * GROUPS);
         }
         barrier_init(base + RAW_V, 1);
         barrier_init(base + NEXT_W, 1);
@@ -629,11 +722,12 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
         registers_less<PRODUCER_REGISTERS>();
         if (warp % 4 == 0) Producer{p, memory, base, int(threadIdx.x % WARP)}.run();
         if (warp % 4 == 1) plan(p, memory, base, int(threadIdx.x % WARP));
+        if (warp % 4 == 2 && BOXES) write(p, reinterpret_cast<const Results *>(memory + RESULTS_AT), base, int(threadIdx.x % WARP));
     } else {
         registers_more<REGISTERS>();
         const int lane = threadIdx.x % WARP;
-        Consumer{p.call, reinterpret_cast<const Block *>(memory + BLOCKS_AT), base, group, lane,
-                 64 * group + warp % 4 * 16 + lane / 4, 0, score_of(p.call.problem, 0)}
+        Consumer{p.call, reinterpret_cast<const Block *>(memory + BLOCKS_AT), reinterpret_cast<Results *>(memory + RESULTS_AT),
+                 base, group, lane, 64 * group + warp % 4 * 16 + lane / 4, 0, score_of(p.call.problem, 0)}
             .run();
     }
 }

@@ -1,7 +1,11 @@
 // What the Hopper kernels for dK and dV share: parameters, the layout of shared memory, the warps that bring data.
 //
-// Macros: BLOCK_M queries and BLOCK_N keys of a block; STAGES (of dout), Q_STAGES; DQ; GRADIENT_F32. Head sizes are multiples
-// of 64.
+// With FOLD, lse and delta are not subtracted by the consumers, who would load them from shared memory, which is what is short:
+// the products subtract them, as 16 more columns of Q and dout (the statistic, in parts that are elements, and zeros) and of K and
+// V (ones).
+//
+// Macros: BLOCK_M queries and BLOCK_N keys of a block; STAGES (of dout), Q_STAGES; DQ; FOLD; GRADIENT_F32. Head sizes are
+// multiples of 64.
 
 struct BackwardParams {
     Problem problem;
@@ -32,7 +36,8 @@ constexpr u32 V_AT = K_BYTES, Q_AT = V_AT + V_BYTES, O_AT = Q_AT + Q_STAGES * Q_
 constexpr u32 DQ_AT = DS_AT + (DQ ? 2 * DS_BYTES : 0), P_AT = DQ_AT + (DQ ? DQ_BYTES : 0);
 constexpr u32 P_BYTES = BLOCK_M * 64 * 4;  // f32, in the order of accumulators; used where the groups share keys
 constexpr u32 STATS_AT = P_AT + (KEY_GROUPS < GROUPS ? 2 * P_BYTES : 0);
-constexpr u32 FULL_KV = STATS_AT + STAGES * 2 * BLOCK_M * 4, RAW = FULL_KV + 8, FULL_DQ = RAW + 8, FREE_DQ = FULL_DQ + 8;
+constexpr u32 STATISTIC = BLOCK_M * (FOLD ? 32 : 4);  // lse of a block, then delta
+constexpr u32 FULL_KV = STATS_AT + STAGES * 2 * STATISTIC, RAW = FULL_KV + 8, FULL_DQ = RAW + 8, FREE_DQ = FULL_DQ + 8;
 constexpr u32 FULL_P = FREE_DQ + 8, FREE_P = FULL_P + 16;
 constexpr u32 FULL_Q = FREE_P + 16, FULL_O = FULL_Q + 8 * Q_STAGES, FULL_S = FULL_O + 8 * STAGES;
 constexpr u32 FREE_Q = FULL_S + 8 * STAGES, FREE_O = FREE_Q + 8 * Q_STAGES, FREE_S = FREE_O + 8 * STAGES;
@@ -150,19 +155,13 @@ struct Copier {
         barrier_wait(base + FREE_KV, n & 1 ^ 1);
         tile_to<BLOCK_N>(base, &p.k, PANELS, key, work.kv, work.tile.batch, rows, base + FULL_KV);
         tile_to<BLOCK_N>(base + V_AT, &p.v, PANELS_V, key, work.kv, work.tile.batch, rows, base + FULL_KV);
-        constexpr int PIECE_WORDS = sizeof(Piece) / 4, BLOCK_WORDS = sizeof(Block) / 4;
-        u32 *blocks = reinterpret_cast<u32 *>(memory + BLOCKS_AT);
+        Block *blocks = reinterpret_cast<Block *>(memory + BLOCKS_AT);
         each_block(p.call.problem, work, [&](u32 head, const Piece &piece, int query, bool last) {
             const u32 q = turn % Q_STAGES, s = turn % STAGES, batch = work.tile.batch;
             const int valid = piece.q_end - query;
             barrier_wait(base + FREE_Q + 8 * q, turn / Q_STAGES & 1 ^ 1);
             const u32 flags = masked(piece, key, query) | (last ? LAST : 0);
-            if (lane < PIECE_WORDS + 3)
-                blocks[turn % BLOCKS * BLOCK_WORDS + lane] = lane < PIECE_WORDS        ? reinterpret_cast<const u32 *>(&piece)[lane]
-                                                             : lane == PIECE_WORDS     ? u32(query)
-                                                             : lane == PIECE_WORDS + 1 ? flags
-                                                                                       : head;
-            __syncwarp();
+            if (lane == 0) blocks[turn % BLOCKS] = {piece, query, flags, head, 0};
             tile_to<BLOCK_M>(base + Q_AT + q * Q_BYTES, &p.q, PANELS, query, head, batch, valid, base + FULL_Q + 8 * q);
             barrier_wait(base + FREE_O + 8 * s, turn / STAGES & 1 ^ 1);
             tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, batch, valid, base + FULL_O + 8 * s);
@@ -172,7 +171,6 @@ struct Copier {
 
     // Describes tile `index`, for all roles.
     DEVICE const Work &plan(u32 index, u32 total, u32 n) {
-        constexpr int TILE_WORDS = sizeof(Tile) / 4;
         const Problem &problem = p.call.problem;
         const bool done = index >= total;
         const Place where = done ? Place{0, 0} : place_of(problem, problem.kv_heads, index);
@@ -183,13 +181,13 @@ struct Copier {
         const u32 section = problem.section, first = where.head / section * section;
         const u32 heads_there = problem.kv_heads - first < section ? problem.kv_heads - first : section;
         const u32 down = ~((tile->rank * heads_there + where.head - first) / gridDim.x) & 1;
-        const u32 own = lane == TILE_WORDS ? where.head : lane == TILE_WORDS + 1 ? state : down;
-        const u32 word = lane < TILE_WORDS ? reinterpret_cast<const u32 *>(tile)[lane] : own;
         barrier_wait(base + FREE_W + 8 * (n % WORKS), n / WORKS & 1 ^ 1);
         Work *work = reinterpret_cast<Work *>(memory + WORKS_AT) + n % WORKS;
-        if (lane < int(sizeof(Work) / 4)) reinterpret_cast<u32 *>(work)[lane] = word;
+        if (lane == 0) {
+            *work = {*tile, where.head, state, down, 0};
+            barrier_arrive(base + FULL_W + 8 * (n % WORKS));
+        }
         __syncwarp();
-        if (lane == 0) barrier_arrive(base + FULL_W + 8 * (n % WORKS));
         return *work;
     }
 
@@ -211,10 +209,37 @@ struct Copier {
     }
 };
 
-// ---- the reader: lse in log2 units, +inf where P must be 0; delta ----
+// ---- the reader: lse in log2 units, +inf where P must be 0; delta. With FOLD -lse / scale and -delta ----
+
+#if FOLD
+// A statistic is PARTS[0] a + PARTS[1] b + PARTS[2] c of elements a, b, c: with f32's range and precision.
+#if defined(IO_BF16)
+constexpr float PARTS[3] = {1.0f, 1.0f, 1.0f};
+#else
+constexpr float PARTS[3] = {4096.0f, 1.0f, 1.0f / 4096.0f};
+#endif
+DEVICE void store_parts(u32 to, float x) {
+    const float a = widen(narrow(x / PARTS[0])), rest = x == -INFINITY_F ? 0.0f : x - a * PARTS[0], b = widen(narrow(rest));
+    store_shared2(to, __uint_as_float(pack2(a, b)), __uint_as_float(pack2((rest - b) / PARTS[2], 0.0f)));
+}
+#endif
+// The other operand, in registers: PARTS in the first three columns.
+typedef u32 Parts[1][4];
+DEVICE void load_parts([[maybe_unused]] Parts &parts) {
+#if FOLD
+    const u32 quad = threadIdx.x % 4;
+    parts[0][0] = parts[0][1] = quad == 0 ? pack2(PARTS[0], PARTS[1]) : quad == 1 ? pack2(PARTS[2], 0.0f) : 0;
+    parts[0][2] = parts[0][3] = 0;
+#endif
+}
 
 DEVICE void read_statistics(const MappedBackwardParams &p, const unsigned char *memory, u32 base, int lane) {
     u32 turn = 0;
+#if FOLD
+    for (u32 i = lane; i < STAGES * 2 * STATISTIC / 16; i += WARP) store_shared4(base + STATS_AT + 16 * i, 0, 0, 0, 0);
+    __syncwarp();
+    const float by = -1.0f / p.call.problem.scale;
+#endif
     each_tile(memory, base, lane, [&](const Work &work, u32) {
         each_block(p.call.problem, work, [&](u32 head, const Piece &piece, int query, bool) {
             const u32 s = turn % STAGES;
@@ -225,13 +250,19 @@ DEVICE void read_statistics(const MappedBackwardParams &p, const unsigned char *
                 delta[i] = row < piece.q1 ? *at<const float>(p.call.delta, work.tile.batch, row, head) : 0.0f;
             }
             barrier_wait(base + FREE_S + 8 * s, turn / STAGES & 1 ^ 1);
-            const u32 to = base + STATS_AT + (s * 2 * BLOCK_M + lane) * 4;
+            const u32 to = base + STATS_AT + s * 2 * STATISTIC;
             UNROLL for (int i = 0; i < BLOCK_M / WARP; ++i) {
-                store_shared(to + WARP * 4 * i, __float_as_uint(lse[i] == -INFINITY_F ? INFINITY_F : lse[i] * LOG2E));
-                store_shared(to + (BLOCK_M + WARP * i) * 4, __float_as_uint(delta[i]));
+                const int row = WARP * i + lane;
+#if FOLD
+                store_parts(to + row * 16, lse[i] == -INFINITY_F ? -INFINITY_F : lse[i] * by);
+                store_parts(to + STATISTIC + row * 16, -delta[i]);
+#else
+                store_shared(to + row * 4, __float_as_uint(lse[i] == -INFINITY_F ? INFINITY_F : lse[i] * LOG2E));
+                store_shared(to + STATISTIC + row * 4, __float_as_uint(delta[i]));
+#endif
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(base + FULL_S + 8 * s);
+            if (FOLD) fence_proxy();
+            barrier_arrive(base + FULL_S + 8 * s);
             ++turn;
         });
     });
@@ -250,12 +281,15 @@ DEVICE void mask(Pairs &s, const Piece &piece, int key0, int query) {
     }
 }
 
-// 64 keys x BLOCK_M queries: c = rows of `keys` times rows of `queries`.
-template <int DIM> DEVICE void start_pairs(Pairs &c, u32 keys, u32 queries) {
+// 64 keys x BLOCK_M queries: c = rows of `keys` times rows of `queries`, with FOLD less the statistic.
+template <int DIM> DEVICE void start_pairs(Pairs &c, u32 keys, u32 queries, [[maybe_unused]] const Parts &parts, [[maybe_unused]] u32 statistic) {
     const Operand a = along_columns(keys), b = along_columns(queries);
     products_fence();
     UNROLL for (int kk = 0; kk < DIM / 16; ++kk)
         product<0, 0>(c, a.on(kk / 4 * KEY_PANEL + kk % 4 * 32), b.on(kk / 4 * QUERY_PANEL + kk % 4 * 32), kk > 0);
+#if FOLD
+    product<0>(c, parts[0], along_narrow(statistic, STATISTIC / 2), true);
+#endif
     products_commit();
 }
 
@@ -264,15 +298,6 @@ template <int N> DEVICE void start_gather(float (&c)[N / 8][4], const Packed &a,
     const Operand b = along_rows(queries, QUERY_PANEL);
     products_fence();
     UNROLL for (int kk = 0; kk < BLOCK_M / 16; ++kk) product<1>(c, a[kk], b.on(kk * 2048), true);
-    products_commit();
-}
-
-// The same with a in shared memory, [key][query].
-template <int N> DEVICE void start_gather(float (&c)[N / 8][4], Operand a, u32 queries) {
-    const Operand b = along_rows(queries, QUERY_PANEL);
-    products_fence();
-    UNROLL for (int kk = 0; kk < BLOCK_M / 16; ++kk)
-        product<0, 1>(c, a.on(kk / 4 * KEY_PANEL + kk % 4 * 32), b.on(kk * 2048), true);
     products_commit();
 }
 
@@ -320,9 +345,9 @@ DEVICE void init_barriers(u32 base) {
     }
     UNROLL for (int i = 0; i < STAGES; ++i) {
         barrier_init(base + FULL_O + 8 * i, 1);
-        barrier_init(base + FULL_S + 8 * i, 1);
+        barrier_init(base + FULL_S + 8 * i, WARP);  // every lane of the reader writes
         barrier_init(base + FREE_O + 8 * i, 4 * GROUPS);
-        barrier_init(base + FREE_S + 8 * i, 4 * GROUPS);
+        barrier_init(base + FREE_S + 8 * i, 128 * GROUPS);
     }
     fence_proxy();
 }

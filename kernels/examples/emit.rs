@@ -82,6 +82,9 @@ impl Emit {
             &WorkList::by_keys(&spec, &slices, kernel.rows, backward.batches)?,
             backward.heads,
         )?;
+        if kernel.sums_dq() {
+            self.kernel(&name, "round", &Specialization::round_dq(spec.dtype), 0, 0)?;
+        }
         if !kernel.adds_dq() {
             let kernel = Specialization::backward_dq("emit", &spec, target, view)?;
             self.with_list(
@@ -157,6 +160,9 @@ impl Emit {
             self.kernel(dtype.name(), "prepare", &Specialization::prepare(dtype), 0, 0)?;
             self.kernel(dtype.name(), "accumulate", &Specialization::accumulate(dtype), 0, 0)?;
             self.kernel(dtype.name(), "fill", &Specialization::fill(dtype), 0, 0)?;
+            if self.target.flash3 && dtype != DType::F32 {
+                self.kernel(dtype.name(), "round", &Specialization::round_dq(dtype), 0, 0)?;
+            }
         }
         for unit in [2, 4, 8, 16] {
             self.kernel(&unit.to_string(), "copy", &Specialization::copy(unit), 0, 0)?;

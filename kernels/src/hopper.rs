@@ -5,7 +5,7 @@
 
 use longspan_hal::{DType, Spec};
 
-use crate::specialize::{attention_defines, is_heavy, padded};
+use crate::specialize::{attention_defines, is_heavy, padded, transforms};
 use crate::{Source, Specialization, Target, View};
 
 /// The forward on this target, if it is one and the views allow tensor maps.
@@ -48,9 +48,11 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
     let wide = d.max(dv) > 128 || (!plain && spec.deterministic) || (many && d.max(dv) > 64);
     let queries = if d + dv == 128 && plain && !spec.deterministic { 128 } else { 64 };
     let dq = !wide && !spec.deterministic;
+    // lse and delta subtracted by products: of plain dot products, without factors in between, where lse / scale has elements.
+    let fold = !wide && !transforms(spec) && spec.dropout.is_none() && (1e-4..1e4).contains(&spec.scale.abs());
     // Scores a block ahead, where registers allow it.
-    let ahead = !wide && queries == 64 && spec.dropout.is_none();
-    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq, ahead };
+    let ahead = fold && queries == 64;
+    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq, ahead, fold };
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
@@ -60,6 +62,8 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
         "STAGES=2".to_owned(),
         format!("Q_STAGES={}", tile.q_stages()),
         format!("AHEAD={}", u32::from(ahead)),
+        format!("DQ_QUADS={}", u32::from(dq && spec.head_dim.is_multiple_of(32) && spec.scale.is_normal())),
+        format!("FOLD={}", u32::from(fold)),
         format!("SHARED_BYTES={}", tile.bytes(d, dv)),
     ]);
     defines.extend(registers(GROUPS, queries == 64));
@@ -162,7 +166,7 @@ impl ForwardTile {
     }
 
     fn bytes(&self, d: u32, dv: u32) -> u32 {
-        let (barriers, descriptions) = (160, 4 * 96 + 2 * 96);
+        let (barriers, descriptions) = (160, 4 * 96 + 2 * 96 + 2 * 32);
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
         self.q_stages * tile_bytes(64 * self.groups, d) + 2 * keys + barriers + descriptions
     }
@@ -173,6 +177,7 @@ struct BackwardTile {
     queries: u32,
     dq: bool,
     ahead: bool,
+    fold: bool,
 }
 
 impl BackwardTile {
@@ -185,7 +190,8 @@ impl BackwardTile {
         let queries = self.q_stages() * tile_bytes(self.queries, d) + 2 * tile_bytes(self.queries, dv);
         let (ds, sums) = (2 * tile_bytes(64 * GROUPS, self.queries), 4 * self.queries * d);
         let exchanged = if self.keys < 64 * GROUPS { 2 * 4 * 64 * self.queries } else { 0 };
-        let (statistics, barriers, descriptions) = (2 * 2 * self.queries * 4, 256, 4 * 72 + 2 * 40);
+        let statistic = self.queries * if self.fold { 32 } else { 4 };
+        let (statistics, barriers, descriptions) = (2 * 2 * statistic, 256, 4 * 72 + 2 * 40);
         keys + queries + u32::from(self.dq) * (ds + sums) + exchanged + statistics + barriers + descriptions
     }
 }

@@ -153,12 +153,15 @@ impl ForwardParams {
 #[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
 
+/// Rows of the output that one copy writes: a warpgroup's.
+pub const OUT_ROWS: u32 = 64;
+
 /// Parameter of an `attention_forward` that takes tensor maps (see [`crate::Specialization::box_rows`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct MappedForwardParams {
-    /// Maps of queries (boxes of a tile's rows), keys and values.
-    pub maps: [TensorMap; 3],
+    /// Maps of queries (boxes of a tile's rows), keys, values and, where there is one, the output ([`OUT_ROWS`]).
+    pub maps: [TensorMap; 4],
     /// What the other kernels take.
     pub call: ForwardParams,
     /// Device address of a u32 that is 0 before and after the launch.
@@ -308,6 +311,29 @@ pub struct FillParams {
     pub width: u32,
 }
 
+/// Parameter of `round_dq` and `reorder_dq`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct RoundParams {
+    /// dq, written by `round_dq`.
+    pub into: Tensor,
+    /// f32 sums, read by `round_dq`.
+    pub sums: Tensor,
+    /// Sizes `[batch, row, head, dim]`.
+    pub extent: [u32; 4],
+    /// Of the logits.
+    pub scale: f32,
+    /// [`RoundParams::ALIGNED`], [`RoundParams::TO_SUMS`].
+    pub flags: u32,
+}
+
+impl RoundParams {
+    /// [`width`] of both tensors is 4.
+    pub const ALIGNED: u32 = 1;
+    /// `reorder_dq` makes sums of f32 dq.
+    pub const TO_SUMS: u32 = 2;
+}
+
 /// `width` of [`AccumulateParams`] and [`FillParams`]: 4 where every address is a multiple of 16 bytes, and every stride (of an
 /// axis longer than 1) and the last extent of 4 elements; otherwise 1.
 pub fn width<'a>(tensors: impl IntoIterator<Item = &'a Tensor>, extent: [u32; 4]) -> u32 {
@@ -324,7 +350,7 @@ const _: () = {
     assert!(size_of::<Piece>() == 56);
     assert!(size_of::<Problem>() == 120);
     assert!(size_of::<ForwardParams>() == 416);
-    assert!(size_of::<MappedForwardParams>() == 832);
+    assert!(size_of::<MappedForwardParams>() == 960);
     assert!(size_of::<BackwardParams>() == 416);
     assert!(size_of::<MappedBackwardParams>() == 1088);
     assert!(size_of::<PrepareParams>() == 248);
@@ -332,4 +358,5 @@ const _: () = {
     assert!(size_of::<Region>() == 80);
     assert!(size_of::<CopyParams>() == 80 * MAX_REGIONS);
     assert!(size_of::<FillParams>() == 56);
+    assert!(size_of::<RoundParams>() == 88);
 };

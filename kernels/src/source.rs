@@ -68,6 +68,8 @@ sources! {
     SM90_BACKWARD = "prelude_sm90.cuh" "sm90_backward.cuh" "sm90_attention_backward.cu";
     /// `attention_backward_dq` for 16-bit elements on sm_90a: deterministic mode, large heads.
     SM90_BACKWARD_DQ = "prelude_sm90.cuh" "sm90_attention_backward_dq.cu";
+    /// `round_dq` and `reorder_dq`, for sums of dq of `attention_backward` with DQ_QUADS.
+    SM90_BACKWARD_ROUND = "sm90_attention_backward_round.cu";
     /// `attention_backward` for 16-bit elements and large heads on sm_90a.
     SM90_BACKWARD_WIDE = "prelude_sm90.cuh" "sm90_backward.cuh" "sm90_attention_backward_wide.cu";
     /// `attention_forward` for 16-bit elements on sm_90a.

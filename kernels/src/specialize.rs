@@ -237,6 +237,17 @@ impl Specialization {
         self.defines.iter().any(|d| d == "DQ=1")
     }
 
+    /// Whether what this backward adds to is no f32 dq, but sums that [`Specialization::round_dq`] makes it of.
+    pub fn sums_dq(&self) -> bool {
+        self.defines.iter().any(|d| d == "DQ_QUADS=1")
+    }
+
+    /// `round_dq` makes dq of sums, `reorder_dq` f32 dq in place of them or the reverse; with [`crate::params::RoundParams`],
+    /// any grid (grid-stride loops).
+    pub fn round_dq(into: DType) -> Self {
+        Self::plain(Source::SM90_BACKWARD_ROUND, &["round_dq", "reorder_dq"], vec![io(into).to_owned()], 256)
+    }
+
     /// dq of `spec` without atomics: `attention_backward_dq` with [`crate::params::BackwardParams`] over query tiles.
     ///
     /// # Errors

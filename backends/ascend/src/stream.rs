@@ -188,16 +188,18 @@ impl StreamState {
     /// Blocks until everything queued ran, for at most `limit`.
     pub fn synchronize(&self, limit: Duration) -> Result<()> {
         self.context.bind()?;
-        let until = Instant::now() + limit;
+        // A limit further away than the clock can say is none.
+        let until = Instant::now().checked_add(limit);
         loop {
+            let left = until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
             // In short naps: a stream that is given up from another thread must not hold this one.
-            let nap = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(200));
+            let nap = left.min(Duration::from_millis(200));
             let code = self.nap(nap);
             if let Some(error) = self.error() {
                 return Err(error);
             }
             match code {
-                aclError::ACL_ERROR_RT_STREAM_SYNC_TIMEOUT if Instant::now() >= until => {
+                aclError::ACL_ERROR_RT_STREAM_SYNC_TIMEOUT if until.is_some_and(|until| Instant::now() >= until) => {
                     return Err(Error::Timeout { call: "synchronize", limit });
                 }
                 aclError::ACL_ERROR_RT_STREAM_SYNC_TIMEOUT => {}

@@ -80,7 +80,13 @@ impl Watch {
         }
         loop {
             let mut rounds = lock(&self.rounds);
-            rounds.retain(|r| !r.after.is_complete().unwrap_or(true));
+            rounds.retain(|round| {
+                let done = round.after.is_complete().unwrap_or(true);
+                if done {
+                    self.member.began(round.number);
+                }
+                !done
+            });
             if rounds.is_empty() {
                 if self.ended.load(Ordering::Acquire) {
                     return;

@@ -54,8 +54,8 @@ pub(crate) struct State {
 pub(crate) enum Fault {
     /// The ranks do not do the same.
     Broken(Error),
-    /// A rank died, gave up or did not come.
-    Lost { rank: u32, step: Step },
+    /// A rank died, gave up or did not come within the limit.
+    Lost { rank: u32, step: Step, late: Option<Duration> },
 }
 
 /// A call that all ranks make together.
@@ -126,7 +126,7 @@ impl Member {
     /// Gives the group up.
     pub(crate) fn abort(&self) {
         let step = self.group.board.step(self.rank);
-        self.group.fail(&mut self.group.lock(), Fault::Lost { rank: self.rank, step });
+        self.group.fail(&mut self.group.lock(), Fault::Lost { rank: self.rank, step, late: None });
     }
 
     /// [`Group::agree`] of this rank.
@@ -147,7 +147,7 @@ impl Fault {
     fn error(&self, call: &'static str) -> Error {
         match self {
             Self::Broken(error) => error.clone(),
-            Self::Lost { rank, step } => Error::PeerLost { rank: *rank, call, step: *step },
+            &Self::Lost { rank, step, late } => Error::PeerLost { rank, call, step, late },
         }
     }
 }
@@ -255,11 +255,12 @@ impl Group {
         self.lock().check(call)
     }
 
-    /// Whether one of `missing` will not come: it left, or the deadline passed. Then the group is over.
-    pub(crate) fn give_up(&self, state: &mut State, missing: &[u32], late: bool) -> bool {
+    /// Whether one of `missing` will not come: it left, or the limit that is given passed. Then the group is over.
+    pub(crate) fn give_up(&self, state: &mut State, missing: &[u32], late: Option<Duration>) -> bool {
         let gone = missing.iter().find(|&&rank| state.gone[rank as usize]);
-        let Some(&rank) = gone.or_else(|| missing.first().filter(|_| late)) else { return false };
-        self.fail(state, Fault::Lost { rank, step: self.board.step(rank) });
+        let Some(&rank) = gone.or_else(|| missing.first().filter(|_| late.is_some())) else { return false };
+        let late = late.filter(|_| gone.is_none());
+        self.fail(state, Fault::Lost { rank, step: self.board.step(rank), late });
         true
     }
 
@@ -276,7 +277,7 @@ impl Group {
             }
             state.check(name)?;
             let missing = state.missing(number);
-            if !self.give_up(&mut state, &missing, deadline.passed()) {
+            if !self.give_up(&mut state, &missing, deadline.late()) {
                 state = deadline.wait(self.signal(me), state);
             }
         }

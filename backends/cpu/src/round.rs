@@ -150,15 +150,15 @@ impl Round<'_> {
 
     /// Whether a peer will not come or the deadline passed; then the group is over.
     fn give_up(&self, state: &mut State, spots: &[Spot]) -> bool {
-        let late = self.deadline.passed();
+        let late = self.deadline.late();
         let missing: Vec<u32> = spots.iter().filter(|s| !state.rounds.met(s)).map(|s| s.peer).collect();
         if self.group.give_up(state, &missing, late) {
             return true;
         }
-        if late {
+        if late.is_some() {
             self.group.fail(state, Fault::Broken(self.deadline.timeout(self.tag.call)));
         }
-        late
+        late.is_some()
     }
 
     /// Lays the posts down.

@@ -35,6 +35,11 @@ impl Deadline {
         self.at.is_some_and(|at| Instant::now() >= at)
     }
 
+    /// The limit, once it has passed.
+    pub(crate) fn late(&self) -> Option<Duration> {
+        self.passed().then_some(self.limit)
+    }
+
     /// The error of a wait in `call` that ran out.
     pub(crate) fn timeout(&self, call: &'static str) -> Error {
         Error::Timeout { call, limit: self.limit }

@@ -13,8 +13,8 @@ use longspan_hal::{
 };
 use longspan_kernels::Specialization;
 use longspan_kernels::params::{
-    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, MappedBackwardParams, MappedForwardParams,
-    PrepareParams, Problem, Tensor, TensorMap, width,
+    AccumulateParams, BackwardParams, ForwardParams, MAX_TERMS, MappedBackwardParams, MappedForwardParams, OUT_ROWS,
+    PrepareParams, Problem, RoundParams, Tensor, TensorMap, width,
 };
 use longspan_kernels::tiling::MAX_ROWS;
 
@@ -63,12 +63,14 @@ impl GpuAttention {
 
     /// A forward by a kernel whose resident blocks take tiles by themselves.
     fn forward_mapped(&self, on: &GpuStream, plan: &GpuPlan, of: &Specialization, call: Call<'_>) -> Result<()> {
-        let Call { params, q, k, v } = call;
+        let Call { params, q, k, v, out } = call;
         let context = self.device.context();
         let boxes = [(params.q.ptr, q, of.rows), (params.k.ptr, k, of.box_rows), (params.v.ptr, v, of.box_rows)];
+        let [q, k, v] = self.maps(boxes)?;
+        let [out] = out.map_or(Ok([TensorMap::default()]), |at| self.maps([(params.out.ptr, at, OUT_ROWS)]))?;
         let blocks = (params.problem.tile_count as usize * plan.spec.heads).min(context.figures.units as usize);
         let params = MappedForwardParams {
-            maps: self.maps(boxes)?,
+            maps: [q, k, v, out],
             call: params,
             counter: plan.counter(on)?,
             ..MappedForwardParams::default()
@@ -135,10 +137,38 @@ impl GpuAttention {
         list[..terms.len()].copy_from_slice(terms);
         let width = width(terms.iter().chain([&tensor]), extent);
         let params = AccumulateParams { into: tensor, terms: list, extent, count: terms.len() as u32, width };
-        // Four units a thread; enough blocks to fill the device, not more.
-        let threads = 4 * kernel.threads as usize * width as usize;
+        kernel.launch(on, 0, self.passing(kernel.threads, at, width), &params)
+    }
+
+    /// Whether f32 sums of dq of `spec` are those of [`Specialization::sums_dq`], whichever kernel a call takes.
+    fn sums_dq(&self, spec: &Spec) -> Result<bool> {
+        Ok(self.kernels(spec, &[])?.backward.sums_dq())
+    }
+
+    /// dq of such sums.
+    fn round_dq(&self, on: &GpuStream, spec: &Spec, into: (Address, &Strided), sums: Tensor) -> Result<()> {
+        let (address, at) = into;
+        let (into, extent) = (tensor(address, at), extent(at)?);
+        let flags = if width([&into, &sums], extent) == 4 { RoundParams::ALIGNED } else { 0 };
+        self.pass_dq(on, 0, (spec, at), RoundParams { into, sums, extent, scale: spec.scale, flags })
+    }
+
+    /// f32 dq in place of such sums, or the reverse.
+    fn reorder_dq(&self, on: &GpuStream, spec: &Spec, (sums, at): (Tensor, &Strided), flags: u32) -> Result<()> {
+        let (into, extent) = (Tensor::default(), extent(at)?);
+        self.pass_dq(on, 1, (spec, at), RoundParams { into, sums, extent, scale: spec.scale, flags })
+    }
+
+    fn pass_dq(&self, on: &GpuStream, entry: usize, of: (&Spec, &Strided), params: RoundParams) -> Result<()> {
+        let kernel = self.device.context().kernel(&Specialization::round_dq(of.0.dtype))?;
+        kernel.launch(on, entry, self.passing(kernel.threads, of.1, 4), &params)
+    }
+
+    /// The grid of a pass over memory whose threads take four units of `width` elements at a time: enough blocks to fill the
+    /// device, not more.
+    fn passing(&self, threads: u32, at: &Strided, width: u32) -> Grid {
         let most = 16 * self.device.context().figures.units.max(1) as usize;
-        kernel.launch(on, 0, Grid { x: at.elements().div_ceil(threads).min(most), y: 1 }, &params)
+        Grid { x: at.elements().div_ceil(4 * threads as usize * width as usize).min(most), y: 1 }
     }
 
     /// Where dq is added by atomics: the memory, zeroed unless it is added to.
@@ -170,6 +200,7 @@ struct Call<'a> {
     q: &'a Strided,
     k: &'a Strided,
     v: &'a Strided,
+    out: Option<&'a Strided>,
 }
 
 /// f32 sums of dq.
@@ -252,7 +283,8 @@ impl Attention<GpuDevice> for GpuAttention {
         let tiles = plan.forward.of(kernel.rows)?;
         params.problem = problem(on, spec, tiles, &args.extras)?;
         if kernel.box_rows > 0 {
-            let call = Call { params, q: args.q.at(), k: args.k.at(), v: args.v.at() };
+            let out = results.map(|(out, _)| out.at());
+            let call = Call { params, q: args.q.at(), k: args.k.at(), v: args.v.at(), out };
             return self.forward_mapped(on, plan, &kernel, call);
         }
         let grid = Grid { x: tiles.count as usize * spec.heads, y: 1 };
@@ -325,12 +357,39 @@ impl Attention<GpuDevice> for GpuAttention {
         params.dq = tensor(address, &at);
         let kernel = with(&at)?.backward;
         params.problem = problem(on, spec, plan.backward.of(kernel.rows)?, &args.extras)?;
-        self.backward_main(on, (plan, &kernel), args, &params, Some(&at))?;
         if args.dq.into.dtype() != DType::F32 {
+            self.backward_main(on, (plan, &kernel), args, &params, Some(&at))?;
             let into = (address_mut(on, &args.dq.into)?, args.dq.into.at());
-            self.add(on, into, &[params.dq])?;
+            return if kernel.sums_dq() {
+                self.round_dq(on, spec, into, params.dq)
+            } else {
+                self.add(on, into, &[params.dq])
+            };
         }
-        Ok(())
+        // Views that the kernels of other calls don't take: what those left is dq for this one.
+        let foreign = !kernel.sums_dq() && self.sums_dq(spec)?;
+        if foreign && args.dq.store == Store::Add {
+            self.reorder_dq(on, spec, (params.dq, &at), 0)?;
+        }
+        self.backward_main(on, (plan, &kernel), args, &params, Some(&at))?;
+        if foreign { self.reorder_dq(on, spec, (params.dq, &at), RoundParams::TO_SUMS) } else { Ok(()) }
+    }
+
+    fn finish_dq(
+        &self,
+        on: &GpuStream,
+        spec: &Spec,
+        into: ViewMut<'_, GpuDevice>,
+        sums: View<'_, GpuDevice>,
+    ) -> Result<()> {
+        let terms = [sums];
+        let args = Accumulate::new(into, &terms)?;
+        if !self.sums_dq(spec)? {
+            return self.accumulate(on, &args);
+        }
+        let _bound = self.device.context().bind()?;
+        let (address, from) = (address_mut(on, &into)?, read(on, &sums)?);
+        self.round_dq(on, spec, (address, into.at()), from)
     }
 
     fn accumulate(&self, on: &GpuStream, args: &Accumulate<'_, GpuDevice>) -> Result<()> {

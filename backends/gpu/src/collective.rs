@@ -23,14 +23,15 @@ use crate::watch::{By, Watch};
 
 /// One rank's end of a group.
 ///
-/// Dropping it leaves the group: ranks that still need this one get [`Error::PeerLost`].
+/// Dropping it leaves the group: ranks that still need this one get [`Error::PeerLost`]. What it queued still runs. By NCCL it waits
+/// for that, and for other processes of this host to drop theirs, until the limit of joining.
 #[derive(Debug)]
 pub struct GpuCollective {
     device: GpuDevice,
     group: Arc<Group>,
     wire: Wire,
     lanes: Lanes,
-    /// Where devices wait for other processes.
+    /// Where hosts or devices wait for others without end.
     watch: Option<Arc<Watch>>,
     prepared: AtomicU64,
     barriers: AtomicU64,
@@ -88,7 +89,7 @@ impl GpuCollective {
     fn new(device: &GpuDevice, group: Group, wire: Wire) -> Result<Self> {
         let (group, lanes) = (Arc::new(group), Lanes::new(device.context())?);
         let by = match (&wire, &group.mail) {
-            (Wire::Nccl(comm, _), Mail::None) => Some(By::Nccl(Arc::clone(comm))),
+            (Wire::Nccl(comm, _), _) => Some(By::Nccl(Arc::clone(comm))),
             (_, Mail::Flags(flags)) => Some(By::Flags(Arc::clone(flags))),
             _ => None,
         };
@@ -105,18 +106,14 @@ impl GpuCollective {
         rounds: &mut u64,
         queue: impl FnOnce(&Round<'_>) -> Result<()>,
     ) -> Result<()> {
-        let _bound = self.device.context().bind()?;
         *rounds += 1;
         let numbered = Numbered { tag, number: *rounds, deadline: Deadline::after(self.group.member.limit) };
         let round = || queue(&Round { group: &self.group, on, lanes: &self.lanes, numbered });
-        let result = match &self.watch {
+        let result = self.device.context().bind().and_then(|_bound| match &self.watch {
             Some(watch) => watch.round(on, numbered.number, round),
             None => round(),
-        };
-        if result.is_err() {
-            self.group.abort();
-        }
-        result
+        });
+        result.map_err(|error| self.group.fail(tag.call, error))
     }
 
     fn own(&self, on: &GpuStream) -> Result<()> {

@@ -125,6 +125,19 @@ impl Group {
         self.with_step(self.member.wait_for_fault(call))
     }
 
+    /// Gives the group up since `call` failed. What ended it before says more than that; where NCCL fails, that may come soon.
+    pub(crate) fn fail(&self, call: &'static str, error: Error) -> Error {
+        let fault = match &error {
+            Error::Driver { call: function, .. } if function.starts_with("nccl") => {
+                Some(self.member.wait_for_fault(call)).filter(|fault| !matches!(fault, Error::Timeout { .. }))
+            }
+            _ => self.member.fault(call),
+        };
+        let error = fault.unwrap_or(error);
+        self.abort();
+        self.with_step(error)
+    }
+
     /// Whether the caller knows that the group is over.
     pub(crate) fn told(&self) -> bool {
         self.told.load(Ordering::Acquire)
@@ -134,8 +147,8 @@ impl Group {
     fn with_step(&self, error: Error) -> Error {
         self.told.store(true, Ordering::Release);
         match (&self.mail, error) {
-            (Mail::Letters(letters), Error::PeerLost { rank, call, .. }) => {
-                Error::PeerLost { rank, call, step: letters.step(rank) }
+            (Mail::Letters(letters), Error::PeerLost { rank, call, late, .. }) => {
+                Error::PeerLost { rank, call, step: letters.step(rank), late }
             }
             (_, error) => error,
         }

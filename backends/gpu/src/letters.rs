@@ -209,7 +209,7 @@ mod tests {
                 }
                 letters.collect(&group, Topic::Arrived, 1, ROUND, Deadline::after(LIMIT)).map(drop)
             });
-            let lost = Err(Error::PeerLost { rank: 1, call: "exchange", step });
+            let lost = Err(Error::PeerLost { rank: 1, call: "exchange", step, late: None });
             assert_eq!(results, [lost.clone(), Ok(()), lost]);
         }
     }

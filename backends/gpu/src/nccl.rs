@@ -8,7 +8,8 @@
 //!   unpack strided receives
 //! ```
 //!
-//! Between processes the kernels wait for each other, and the watch (`watch.rs`) aborts the communicator when a rank is lost.
+//! The kernels wait for each other, and the first call that uses a pair of ranks waits on the host: the watch (`watch.rs`) aborts
+//! the communicator when a rank is lost.
 //!
 //! RCCL exports the same symbols.
 
@@ -50,6 +51,8 @@ table! {
         fn init_rank["ncclCommInitRank"](comm: *mut Handle, size: c_int, id: UniqueId, rank: c_int) -> c_int;
         /// Ends a communicator at once.
         fn abort["ncclCommAbort"](comm: Handle) -> c_int;
+        /// Ends a communicator once it has sent what was queued.
+        fn destroy["ncclCommDestroy"](comm: Handle) -> c_int;
         /// What went wrong on the device.
         fn async_error["ncclCommGetAsyncError"](comm: Handle, error: *mut c_int) -> c_int;
         /// Starts a group.
@@ -126,15 +129,15 @@ pub(crate) struct Comm {
     raw: Handle,
     /// Held during calls.
     calls: Mutex<()>,
-    aborted: AtomicBool,
+    ended: AtomicBool,
 }
 
 /// How long a call of the library is waited for before the communicator is aborted under it.
-const CALL: Duration = Duration::from_secs(5);
+const CALL: Duration = Duration::from_secs(2);
 
 impl Drop for Comm {
     fn drop(&mut self) {
-        // Aborting needs no peer, unlike `ncclCommDestroy`; what was queued before is done or of no use to anyone.
+        // Nothing was queued, or the watch ended it.
         self.abort();
     }
 }
@@ -161,10 +164,22 @@ impl Comm {
         let offers = member.agree("nccl", &said)?;
         let nccl = mine.and_then(|_| machine.nccl())?;
         let raw = join(context, nccl, member, unique_id(&offers)?)?;
-        Ok(Self { machine, nccl, raw, calls: Mutex::new(()), aborted: AtomicBool::new(false) })
+        Ok(Self { machine, nccl, raw, calls: Mutex::new(()), ended: AtomicBool::new(false) })
     }
 
-    /// Ends what the communicator does on the device, from any thread.
+    /// Ends the communicator, all of whose rounds are through: NCCL's threads may still send what its kernels left them. Returns
+    /// once the other processes of this host end theirs too.
+    pub(crate) fn finish(&self) {
+        let call = lock(&self.calls);
+        let first = !self.ended.swap(true, Ordering::AcqRel);
+        drop(call);
+        if first {
+            // SAFETY: the communicator is this handle's, and is ended once; later calls see that it was.
+            let _ = unsafe { self.nccl.0.destroy(self.raw) };
+        }
+    }
+
+    /// Ends the communicator and what it does on the device, from any thread. May return as late as [`Comm::finish`].
     pub(crate) fn abort(&self) {
         // A call that hangs is what this is to end; any other is over soon.
         let mut call = None;
@@ -172,15 +187,15 @@ impl Comm {
             call = self.calls.try_lock().ok();
             Ok(call.is_some())
         });
-        if !self.aborted.swap(true, Ordering::AcqRel) {
-            // SAFETY: the communicator is this handle's, and is ended once; later calls see that it was.
+        if !self.ended.swap(true, Ordering::AcqRel) {
+            // SAFETY: as in `finish`.
             let _ = unsafe { self.nccl.0.abort(self.raw) };
         }
     }
 
     /// Checks that the communicator lives. Calls hold `calls`.
     fn lives(&self) -> Result<()> {
-        if self.aborted.load(Ordering::Acquire) {
+        if self.ended.load(Ordering::Acquire) {
             return Err(Error::invalid("exchange", "the communicator was ended"));
         }
         Ok(())

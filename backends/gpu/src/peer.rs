@@ -165,7 +165,8 @@ impl Round<'_> {
         let mut jobs = Vec::new();
         let mut near = true;
         for (from, to) in from.zip(to) {
-            to.buffer.used_on(self.on)?;
+            // Its owner may give it up before the lane joins.
+            to.buffer.used_on(on)?;
             near &= to.buffer.is_near(on.context());
             jobs.extend(Job::new(from.place(), to.place()));
         }

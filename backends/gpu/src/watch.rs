@@ -1,15 +1,18 @@
-//! The watch over rounds in which a device waits for another process: it ends waits that would not end by themselves.
+//! The watch over rounds in which a device may wait for another: it ends waits that would not end by themselves.
 //!
 //! ```text
-//! rounds in flight and the group is over:  note on the device's handle why, then release flags or abort NCCL, until they are through
-//! a round by NCCL that takes longer than the limit:  its rank says so; the board says who is behind
+//! a round is in flight from before the host queues it, since NCCL's host calls may wait too, until its end on the device
+//! rounds in flight and the group is over:    note on the device's handle why, then release flags or abort NCCL, until they are through
+//! a round that takes longer than the limit:  its rank says so; the board says who is behind
+//! a device or communicator that failed:      its rank gives the group up, since nothing that it queued will come
 //! ```
 //!
 //! What was waited for has not come then, so results can't be right: synchronizing on the handle is an error, until the
-//! communicator is dropped. Rounds between threads need no watch: there no device waits for what is not queued.
+//! communicator is dropped; if nobody was told by then, once more. Peer copies between threads need no watch: there no device
+//! waits for what is not queued.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,12 +24,16 @@ use crate::flags::Flags;
 use crate::group::Group;
 use crate::nccl::Comm;
 use crate::stream::GpuStream;
-use crate::sync::lock;
+use crate::sync::{Deadline, lock};
 
 /// How often rounds in flight are looked at.
 const NAP: Duration = Duration::from_millis(5);
 /// How often a watch with nothing to do looks whether it is still needed.
 const IDLE: Duration = Duration::from_millis(100);
+/// How long the board may take to say who died, or is behind.
+const ANSWER: Duration = Duration::from_secs(3);
+/// How long a rank whose group is over waits for the end of its communicator.
+const OVER: Duration = Duration::from_secs(5);
 
 /// Why what a device computed can't be right; shared by the handles of one rank.
 #[derive(Clone, Debug, Default)]
@@ -37,6 +44,8 @@ struct Loss {
     /// Of this communicator.
     key: u64,
     error: Error,
+    /// A caller got it.
+    said: bool,
     /// Said once: the communicator is gone.
     once: bool,
 }
@@ -46,17 +55,27 @@ impl Lost {
     /// What was noted.
     pub(crate) fn check(&self) -> Result<()> {
         let mut lost = lock(&self.0);
-        let error = lost.as_ref().map(|loss| loss.error.clone());
+        let error = lost.as_mut().map(|loss| {
+            loss.said = true;
+            loss.error.clone()
+        });
         lost.take_if(|loss| loss.once);
         error.map_or(Ok(()), Err)
     }
 
-    fn note(&self, key: u64, error: Error, once: bool) {
-        lock(&self.0).get_or_insert(Loss { key, error, once });
+    /// `once` is asked while nobody clears.
+    fn note(&self, key: u64, error: Error, once: impl FnOnce() -> bool) {
+        let mut lost = lock(&self.0);
+        lost.get_or_insert_with(|| Loss { key, error, said: false, once: once() });
     }
 
-    fn clear(&self, key: u64) {
-        lock(&self.0).take_if(|loss| loss.key == key);
+    /// The communicator is gone; `told` if a caller knows why.
+    fn clear(&self, key: u64, told: bool) {
+        let mut lost = lock(&self.0);
+        if let Some(loss) = lost.as_mut().filter(|loss| loss.key == key) {
+            loss.once = true;
+        }
+        lost.take_if(|loss| loss.key == key && (loss.said || told));
     }
 }
 
@@ -81,17 +100,19 @@ pub(crate) struct Watch {
     wake: Condvar,
     ended: AtomicBool,
     noted: AtomicBool,
+    /// When a round was late, or the communicator sick.
+    reported: OnceLock<Instant>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Debug)]
 struct Round {
     number: u64,
-    /// Where the limit is on the device's time.
-    before: Option<Event>,
-    after: Event,
-    started: Option<Instant>,
-    reported: bool,
+    before: Event,
+    /// `None` while the host queues it.
+    after: Option<Event>,
+    /// Since when the limit counts: on the host from the start, then on the device.
+    since: Option<Instant>,
 }
 
 impl Watch {
@@ -110,6 +131,7 @@ impl Watch {
             wake: Condvar::new(),
             ended: AtomicBool::new(false),
             noted: AtomicBool::new(false),
+            reported: OnceLock::new(),
             thread: Mutex::default(),
         });
         let own = Arc::clone(&watch);
@@ -133,38 +155,57 @@ impl Watch {
         if let Some(event) = &*last {
             on.wait(event)?;
         }
-        let before = matches!(self.by, By::Nccl(_)).then(|| on.record(false)).transpose()?;
+        let (before, since) = (on.record(false)?, Some(Instant::now()));
+        lock(&self.rounds).push(Round { number, before, after: None, since });
+        self.wake.notify_all();
         let result = queue();
         // Also of a round that failed half way, whose waits are queued.
-        let after = on.record(false)?;
-        *last = Some(after.clone());
-        lock(&self.rounds).push(Round { number, before, after, started: None, reported: false });
-        self.wake.notify_all();
-        result
+        let after = on.record(false);
+        let mut rounds = lock(&self.rounds);
+        match after {
+            Ok(after) => {
+                rounds.iter_mut().filter(|r| r.number == number).for_each(|r| r.queued(&after));
+                *last = Some(after);
+                result
+            }
+            Err(error) => {
+                rounds.retain(|r| r.number != number);
+                result.and(Err(error))
+            }
+        }
     }
 
-    /// The communicator is dropped: the rank leaves now, or once its rounds are through.
+    /// The communicator is dropped: the rank leaves now, or once its rounds are through. NCCL's end is waited for.
     pub(crate) fn end(&self) {
-        self.lost.clear(self.group.key);
-        self.ended.store(true, Ordering::Release);
-        let through = self.context.bind().is_ok_and(|_bound| !lock(&self.rounds).iter().any(Round::is_open));
-        self.wake.notify_all();
-        let thread = lock(&self.thread).take();
-        if let (true, Some(thread)) = (through, thread) {
-            // This process may be about to end: it leaves in order, and the thread is in no library.
-            let _ = thread.join();
+        let through = {
+            let rounds = lock(&self.rounds);
+            self.ended.store(true, Ordering::Release);
+            self.wake.notify_all();
+            self.context.bind().is_ok_and(|_bound| rounds.iter().all(|r| matches!(r.is_open(), Ok(false))))
+        };
+        self.lost.clear(self.group.key, self.group.told());
+        let thread = lock(&self.thread).take().filter(|_| through || matches!(self.by, By::Nccl(_)));
+        if let Some(thread) = thread {
+            // This process may be about to end: it leaves in order, and the thread is not in NCCL then. That may take peers.
+            let member = &self.group.member;
+            let limit = if member.fault("leave").is_some() { OVER.min(member.limit) } else { member.limit };
+            let _ = Deadline::after(limit).poll("leave", || Ok(thread.is_finished()));
         }
     }
 
     fn run(&self) {
-        // Without the context nothing can be watched.
-        let Ok(_bound) = self.context.bind() else { return };
+        let Ok(_bound) = self.context.bind() else {
+            // Without the context nothing can be watched, nor queued.
+            self.group.abort();
+            return self.leave();
+        };
         loop {
             let mut rounds = lock(&self.rounds);
-            rounds.retain(Round::is_open);
+            self.retire(&mut rounds);
             let nap = if rounds.is_empty() {
                 if self.ended.load(Ordering::Acquire) {
-                    return self.group.member.leave();
+                    drop(rounds);
+                    return self.leave();
                 }
                 IDLE
             } else if let Some(error) = self.group.member.fault("exchange") {
@@ -174,19 +215,54 @@ impl Watch {
                 rounds = lock(&self.rounds);
                 Duration::from_millis(1)
             } else {
-                self.look(&mut rounds);
+                self.look(&rounds);
                 NAP
             };
             drop(self.wake.wait_timeout(rounds, nap).unwrap_or_else(PoisonError::into_inner));
         }
     }
 
+    /// Notes how far the device is. Where it failed for good nothing is in flight, and others must not wait for it.
+    fn retire(&self, rounds: &mut Vec<Round>) {
+        let (mut began, mut failed) = (None, false);
+        rounds.retain_mut(|round| {
+            if round.began() {
+                began = Some(round.number);
+            }
+            round.is_open().unwrap_or_else(|_| {
+                failed = true;
+                false
+            })
+        });
+        if let Some(number) = began {
+            self.group.member.began(number);
+        }
+        if failed {
+            self.group.abort();
+        }
+    }
+
+    /// Reports a round that does not end; the answer ends the group. A sick communicator has lost somebody, and that is seen without
+    /// a report, or is sick by itself: then, or without an answer, the rank gives up.
+    fn look(&self, rounds: &[Round]) {
+        let late = |round: &&Round| round.since.is_some_and(|since| since.elapsed() > self.group.member.limit);
+        if let Some(at) = self.reported.get() {
+            if at.elapsed() > ANSWER {
+                self.group.abort();
+            }
+        } else if let Some(round) = rounds.iter().find(late) {
+            self.reported.get_or_init(Instant::now);
+            self.group.member.stuck(round.number, self.group.rank());
+        } else if matches!(&self.by, By::Nccl(comm) if comm.is_sick()) {
+            self.reported.get_or_init(Instant::now);
+        }
+    }
+
     /// Says so where the caller synchronizes, unless a communicator that is gone told it before.
     fn note(&self, error: Error) {
-        let ended = self.ended.load(Ordering::Acquire);
-        let noted = self.noted.swap(true, Ordering::AcqRel);
-        let known = ended && self.group.told();
-        if !noted && !known {
+        let ended = || self.ended.load(Ordering::Acquire);
+        let known = ended() && self.group.told();
+        if !self.noted.swap(true, Ordering::AcqRel) && !known {
             self.lost.note(self.group.key, error, ended);
         }
     }
@@ -198,29 +274,42 @@ impl Watch {
         }
     }
 
-    /// Hosts meet before they wait for flags, so those come while their process lives. NCCL's kernels may wait for a process
-    /// that hangs.
-    fn look(&self, rounds: &mut [Round]) {
-        let By::Nccl(comm) = &self.by else { return };
-        if comm.is_sick() {
-            return self.group.abort();
-        }
-        for round in rounds {
-            if round.started.is_none() && round.before.as_ref().is_some_and(|e| e.happened().unwrap_or(false)) {
-                round.started = Some(Instant::now());
-            }
-            let late = round.started.is_some_and(|s| s.elapsed() > self.group.member.limit);
-            if late && !std::mem::replace(&mut round.reported, true) {
-                self.group.member.stuck(round.number, self.group.rank());
-            }
+    /// The rank leaves its group, then NCCL's, which keeps what it sent until that arrived, unless the group is over.
+    fn leave(&self) {
+        let over = self.group.member.fault("leave").is_some();
+        self.group.member.leave();
+        match &self.by {
+            By::Nccl(comm) if over => comm.abort(),
+            By::Nccl(comm) => comm.finish(),
+            By::Flags(_) => {}
         }
     }
 }
 
 impl Round {
-    /// Where the device failed for good, nothing is in flight.
-    fn is_open(&self) -> bool {
-        matches!(self.after.happened(), Ok(false))
+    /// The host has queued it, up to `after`.
+    fn queued(&mut self, after: &Event) {
+        (self.after, self.since) = (Some(after.clone()), None);
+    }
+
+    /// Whether the device came to it. Once the host is done with it, the limit counts from then.
+    fn began(&mut self) -> bool {
+        let began = matches!(self.before.happened(), Ok(true));
+        if began && self.since.is_none() {
+            self.since = Some(Instant::now());
+        }
+        began
+    }
+
+    /// Whether it is in flight.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn is_open(&self) -> Result<bool> {
+        match &self.after {
+            None => self.before.happened().map(|_| true),
+            Some(after) => after.happened().map(|happened| !happened),
+        }
     }
 }
 
@@ -232,15 +321,25 @@ mod tests {
     fn the_first_loss_stays_until_its_communicator_goes() {
         let (lost, error) = (Lost::default(), Error::invalid("a", "b"));
         assert_eq!(lost.check(), Ok(()));
-        lost.note(1, error.clone(), false);
-        lost.note(2, Error::invalid("c", "d"), false);
+        lost.note(1, error.clone(), || false);
+        lost.note(2, Error::invalid("c", "d"), || false);
         assert_eq!(lost.check(), Err(error.clone()));
         assert_eq!(lost.clone().check(), Err(error.clone()));
-        lost.clear(2);
+        lost.clear(2, true);
         assert_eq!(lost.check(), Err(error));
-        lost.clear(1);
+        lost.clear(1, false);
         assert_eq!(lost.check(), Ok(()));
-        lost.note(3, Error::invalid("a", "b"), true);
+        lost.note(3, Error::invalid("a", "b"), || true);
         assert_eq!([lost.check().is_err(), lost.check().is_err()], [true, false], "said once");
+    }
+
+    #[test]
+    fn a_loss_that_nobody_was_told_of_is_said_once_more() {
+        for (told, after) in [(false, [true, false]), (true, [false, false])] {
+            let lost = Lost::default();
+            lost.note(1, Error::invalid("a", "b"), || false);
+            lost.clear(1, told);
+            assert_eq!([lost.check().is_err(), lost.check().is_err()], after);
+        }
     }
 }

@@ -121,7 +121,7 @@ fn a_message_that_does_not_come_ends_at_the_limit_or_with_the_group() {
             Message { peer: 0, process: 0, receive: true, at: Some((Part::new(&buffer, at).expect("inside"), kind)) };
         Flight::post(world().expect("started"), TAG.fetch_add(1, Ordering::Relaxed), vec![message]).expect("posted")
     };
-    let lost = Err(Error::PeerLost { rank: 0, call: "exchange", step: Step::default() });
+    let lost = Err(Error::PeerLost { rank: 0, call: "exchange", step: Step::default(), late: None });
     assert_eq!(receive().wait(&member, "exchange", 1), lost, "the rank that was waited for");
     assert_eq!(receive().wait(&member, "exchange", 2), lost, "at once");
 }

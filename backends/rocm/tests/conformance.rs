@@ -14,12 +14,15 @@
 //! | `LONGSPAN_GPU=1` | the machine's own libraries and GPUs |
 //! | `LONGSPAN_JSON` | path of a report |
 
+#[path = "../../gpu/tests/lent/mod.rs"]
+mod lent;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use longspan_conformance::{Case, CaseReport, Options, Outcome, Tier, cases, expectations, run_cases};
-use longspan_rocm::Rocm;
+use longspan_rocm::{Amd, Rocm};
 
 /// `cargo test` runs every so many-th case of the quick tier.
 const SAMPLE: usize = 9;
@@ -70,7 +73,8 @@ fn main() -> ExitCode {
     let wanted = |c: &Case<Rocm>| {
         (options.tier == Tier::Full || c.tier == Tier::Quick) && (whole || !known.contains(&format!("{:?}", c.name)))
     };
-    let table = cases::table::<Rocm>("rocm", options.seed, false).into_iter().filter(wanted).step_by(step).collect();
+    let table = cases::table::<Rocm>("rocm", options.seed, false).into_iter().chain(lent::cases::<Amd>());
+    let table = table.filter(wanted).step_by(step).collect();
     let loud = variable("LONGSPAN_LOUD").is_some();
     let mut seen = |case: &CaseReport, done: usize, all: usize| {
         if loud || matches!(case.outcome, Outcome::Fail | Outcome::NoMachine) {

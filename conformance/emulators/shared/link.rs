@@ -19,6 +19,8 @@ pub const DATA: u8 = 2;
 pub const ALL_TO_ALL: u8 = 4;
 /// A rank is at a barrier.
 pub const BARRIER: u8 = 3;
+/// A rank uses a pair for the first time.
+pub const CONNECT: u8 = 5;
 
 /// A message that arrived.
 pub struct Frame {

@@ -1,7 +1,7 @@
 //! Sequence-parallel runs against each other: dropout masks, repeated runs, several meshes, precision over ranks, refusals.
 
-use longspan_hal::{Attention, Backend, DType, Device, Error};
-use longspan_seqpar::{Layout, Mask, Mesh, Placement, Plan, Problem, Usp};
+use longspan_hal::{Attention, Backend, DType, Device, Error, Extras, ViewMut};
+use longspan_seqpar::{Gradients, Inputs, Layout, Mask, Mesh, Outputs, Placement, Plan, Problem, Usp};
 use ndarray::{Array4, s};
 
 use super::parallel::{Loaded, Setup, Whole, prepare};
@@ -32,6 +32,8 @@ pub fn cases<B: Backend>() -> Vec<Case<B>> {
     }
     cases.extend([
         Case::new("seqpar/arguments-are-checked", 2, arguments),
+        Case::new("seqpar/missing-inputs-are-refused-everywhere-f32-alibi-dropout", 4, missing_inputs),
+        Case::new("seqpar/overlaps-are-refused-f32-partial", 4, overlaps),
         Case::new("seqpar/two-meshes-in-one-process-f32", 4, two_meshes),
     ]);
     cases
@@ -213,6 +215,7 @@ fn arguments<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     check_invalid("uneven groups", plan(&Problem::new(DType::F32, 1, [4, 3], 16), &layout, Mask::full()))?;
     check_invalid("joint tokens with a mask", plan(&problem.clone().with_joint(3), &layout, Mask::causal()))?;
     check_invalid("dropout of 1", plan(&problem.clone().with_dropout(Some(1.0)), &layout, Mask::full()))?;
+    check_invalid("more groups than heads", plan(&problem.clone().with_head_groups(5), &layout, Mask::full()))?;
     check_invalid("a rank too many", Plan::new(&problem, &layout, &layout, &Mask::full(), 2))?;
     let big = Layout::contiguous(20, &Mesh::new(3, 1, Placement::UlyssesInner)?);
     let plan = Plan::new(&problem, &big, &big, &Mask::full(), me)?;
@@ -227,4 +230,53 @@ fn arguments<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     let usp = prepare(rank, &forward_only, &loaded)?;
     loaded.forward(rank, &usp, None)?;
     check_invalid("a backward that was not prepared", loaded.backward(rank, &usp, None))
+}
+
+/// Inputs of options that are missing: every rank is told, also one without heads, and all work on.
+fn missing_inputs<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
+    let problem = Problem::new(DType::F32, 1, [2, 2], 16).with_alibi(true).with_dropout(Some(0.2));
+    let setup = Setup::new(problem, Layout::contiguous(21, &mesh(4, 1)?), Mask::causal());
+    let loaded = Loaded::new(rank, &setup, &Whole::random(&setup, &mut rank.random()))?;
+    let usp = prepare(rank, &setup, &loaded)?;
+    let given = || loaded.inputs(&setup.problem);
+    let all = given()?.extras;
+    for (what, extras) in [
+        ("no slopes", Extras { alibi_slopes: None, ..all }),
+        ("no seed", Extras { seed: None, ..all }),
+        ("sinks nobody asked for", Extras { sinks: all.alibi_slopes, ..all }),
+    ] {
+        let inputs = Inputs { extras, ..given()? };
+        let outputs = loaded.forward_into()?;
+        check_invalid(what, usp.forward(&rank.member, &rank.stream, &inputs, &outputs, None))?;
+        let (rows, gradients) = (loaded.shard.rows()?, loaded.backward_into(&setup.problem)?);
+        check_invalid(what, usp.backward(&rank.member, &rank.stream, &inputs, &rows, None, &gradients, None))?;
+    }
+    for tensor in loaded.outputs() {
+        rank.check_untouched("a refused call", tensor)?;
+    }
+    loaded.forward(rank, &usp, None)?;
+    loaded.backward(rank, &usp, None)?;
+    Ok(rank.synchronize()?)
+}
+
+/// Tensors of the caller that overlap, of a problem that is cut, so that kernels do not see them.
+fn overlaps<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
+    let setup = small(DType::F32)?;
+    let loaded = Loaded::new(rank, &setup, &Whole::random(&setup, &mut rank.random()))?;
+    let usp = prepare(rank, &setup, &loaded)?;
+    let (inputs, rows) = (loaded.inputs(&setup.problem)?, loaded.shard.rows()?);
+    let out = ViewMut::new(inputs.q.buffer(), *inputs.q.at())?;
+    let outputs = Outputs { out, ..loaded.forward_into()? };
+    check_invalid("an out that is q", usp.forward(&rank.member, &rank.stream, &inputs, &outputs, None))?;
+    let into = || loaded.backward_into(&setup.problem);
+    for (what, gradients) in [
+        ("a dv that is dk", Gradients { dv: into()?.dk, ..into()? }),
+        ("a dq that is dout", Gradients { dq: ViewMut::new(rows.dout.buffer(), *rows.dout.at())?, ..into()? }),
+    ] {
+        check_invalid(what, usp.backward(&rank.member, &rank.stream, &inputs, &rows, None, &gradients, None))?;
+    }
+    for tensor in loaded.outputs() {
+        rank.check_untouched("a refused call", tensor)?;
+    }
+    Ok(())
 }

@@ -36,6 +36,7 @@ pub fn cases<B: Backend>() -> Vec<Case<B>> {
     }
     cases.extend([
         Case::new("collective/barriers", 4, barriers),
+        Case::new("collective/drops-behind-its-rounds", 2, drops_behind_its_rounds),
         Case::new("collective/exchanges-interleave", 4, exchanges_interleave),
         Case::new("collective/many-rounds", 4, |r| run(r, &all_to_all(&mut r.random(), 4), 40)),
         Case::new("collective/refuses-other-views", 2, refuses_other_views),
@@ -294,6 +295,16 @@ fn must_fail<B: Backend>(
         Err(error) => Err(Failure::wrong(format!("a peer was lost; the error is: {error}"))),
         Ok(()) => Err(Failure::wrong("a peer was lost and nobody noticed")),
     }
+}
+
+/// A handle that goes away leaves alone what all ranks have queued.
+fn drops_behind_its_rounds<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
+    let group = short_group(rank, rank.limit)?;
+    let prepared = prepare(rank, &group, &all_to_all(&mut Random::new(9), rank.size()))?;
+    let rounds = (0..8).map(|round| prepared.queue(rank, &group, round)).collect::<Result<Vec<_>, _>>()?;
+    rank.share(Vec::new())?;
+    drop(group);
+    rounds.iter().try_for_each(|round| prepared.check(rank, round))
 }
 
 const LOST: Step = Step { phase: "conformance", index: 7 };

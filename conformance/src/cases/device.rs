@@ -116,5 +116,8 @@ fn views_stay_inside<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
     let at = |elements| Strided::dense(DType::F32, [1, 1, 1, elements]);
     View::<B::Device>::new(&buffer, at(16))?;
     check_invalid("a view that ends behind its buffer", View::<B::Device>::new(&buffer, at(17)))?;
-    check_invalid("a view that starts behind its buffer", View::<B::Device>::new(&buffer, at(1).shifted(16)?))
+    check_invalid("a view that starts behind its buffer", View::<B::Device>::new(&buffer, at(1).shifted(16)?))?;
+    // Bytes that are a multiple of 2^64.
+    let vast = Strided::dense(DType::F32, [1 << 62, 1, 1, 1]);
+    check_invalid("a view whose end overflows", ViewMut::<B::Device>::new(&buffer, vast))
 }

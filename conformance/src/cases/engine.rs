@@ -5,7 +5,7 @@ use std::time::Duration;
 use longspan::{Engine, Extra, Tensor, in_group, on_ranks, on_ranks_within};
 use longspan_hal::{Backend, DType, Error, GroupId};
 use longspan_seqpar::{Layout, Mask, Mesh, Placement, Problem};
-use ndarray::Axis;
+use ndarray::{Array4, ArrayView4, Axis};
 
 use super::Case;
 use super::parallel::{Setup, Whole};
@@ -31,48 +31,80 @@ pub fn cases<B: Backend>(name: &str, processes: bool) -> Vec<Case<B>> {
         for (u, r, words) in [(1, 1, ""), (4, 1, ""), (2, 2, "-partial"), (1, 3, "-partial")] {
             let case = format!("engine/run-u{u}r{r}-{dtype}{words}");
             let name = of();
-            cases.push(Case::new(case, ranks(u * r), move |rank| run(rank, &name, dtype, u, r)));
+            cases.push(Case::new(case, ranks(u * r), move |rank| {
+                let problem = Problem::new(dtype, 1, [4, 4], 16).with_sinks(true).with_alibi(true);
+                let layout = Layout::zigzag(53, &Mesh::new(u, r, Placement::UlyssesInner)?);
+                run(rank, &name, Setup { dlse: true, ..Setup::new(problem, layout, Mask::causal()) })
+            }));
         }
+    }
+    for dtype in [DType::Bf16, DType::F32] {
+        let name = of();
+        cases.push(Case::new(format!("engine/joint-u2r2-{dtype}-partial"), ranks(4), move |rank| {
+            let problem = Problem::new(dtype, 1, [4, 2], 16).with_sinks(true).with_joint(7);
+            let layout = Layout::zigzag(53, &Mesh::new(2, 2, Placement::UlyssesInner)?);
+            run(rank, &name, Setup { dlse: true, ..Setup::new(problem, layout, Mask::full()) })
+        }));
     }
     cases
 }
 
-fn host(dtype: DType, x: &ndarray::Array4<f32>) -> Result<Tensor, Error> {
-    Tensor::from_f32(dtype, extent_of(x), &x.iter().copied().collect::<Vec<_>>())
+fn host(dtype: DType, x: ArrayView4<'_, f32>) -> Result<Tensor, Error> {
+    let (b, s, h, d) = x.dim();
+    Tensor::from_f32(dtype, [b, s, h, d], &x.iter().copied().collect::<Vec<_>>())
+}
+
+/// The rows of the sequence, and the joint rows after them.
+fn halves(dtype: DType, x: &Array4<f32>, seq: usize) -> Result<[Tensor; 2], Error> {
+    let (sequence, joint) = x.view().split_at(Axis(1), seq);
+    Ok([host(dtype, sequence)?, host(dtype, joint)?])
 }
 
 /// Forward and backward through engines, judged against the oracle; the report's bytes equal the plan's table.
-fn run<B: Backend>(rank: &mut Rank<B>, name: &str, dtype: DType, u: u32, r: u32) -> Result<(), Failure> {
-    let mesh = Mesh::new(u, r, Placement::UlyssesInner)?;
-    let problem = Problem::new(dtype, 1, [4, 4], 16).with_sinks(true).with_alibi(true);
-    let setup = Setup { dlse: true, ..Setup::new(problem, Layout::zigzag(53, &mesh), Mask::causal()) };
+fn run<B: Backend>(rank: &mut Rank<B>, name: &str, setup: Setup) -> Result<(), Failure> {
+    let (problem, layout) = (&setup.problem, &setup.q);
     let whole = Whole::random(&setup, &mut rank.random());
-    let [q, k, v] = [host(dtype, &whole.qkv[0])?, host(dtype, &whole.qkv[1])?, host(dtype, &whole.qkv[2])?];
-    let dout = host(dtype, &whole.incoming.dout)?;
+    let of = |x: &Array4<f32>| halves(problem.dtype, x, layout.seq());
+    let [[q, jq], [k, jk], [v, jv]] = [of(&whole.qkv[0])?, of(&whole.qkv[1])?, of(&whole.qkv[2])?];
+    let [dout, jdout] = of(&whole.incoming.dout)?;
     let Some(dlse) = &whole.incoming.dlse else { return Err(Failure::wrong("dlse was asked for")) };
-    let dlse = host(DType::F32, &dlse.clone().insert_axis(Axis(3)))?;
-    let layout = &setup.q;
-    let results = everywhere(rank, name, &mesh, |engine| {
+    let [dlse, jdlse] = halves(DType::F32, &dlse.clone().insert_axis(Axis(3)), layout.seq())?;
+    let joint = problem.joint > 0;
+    let results = everywhere(rank, name, setup.mesh(), |engine| {
         let mine = |x: &Tensor| x.shard(layout, engine.rank());
         let (shards, dout, dlse) = ([mine(&q)?, mine(&k)?, mine(&v)?], mine(&dout)?, mine(&dlse)?);
-        engine.prepare(&setup.problem, [layout, layout], &setup.mask)?;
-        let extra =
-            Extra { alibi_slopes: Some(whole.slopes.clone()), sinks: Some(whole.sinks.clone()), ..Extra::default() };
+        engine.prepare(problem, [layout, layout], &setup.mask)?;
+        let extra = Extra {
+            alibi_slopes: problem.alibi.then(|| whole.slopes.clone()),
+            sinks: Some(whole.sinks.clone()),
+            joint: joint.then(|| [jq.clone(), jk.clone(), jv.clone()]),
+            ..Extra::default()
+        };
         let forward = engine.forward([&shards[0], &shards[1], &shards[2]], &extra)?;
-        let back = engine.backward(&dout, Some(&dlse))?;
+        let back = engine.backward_joint(&dout, Some(&dlse), joint.then_some((&jdout, Some(&jdlse))))?;
         bytes_match(engine)?;
-        Ok(([forward.out, forward.lse, back.dq, back.dk, back.dv], back.dsinks))
+        let mut tensors = vec![forward.out, forward.lse, back.dq, back.dk, back.dv];
+        tensors.extend(forward.joint.into_iter().flatten().chain(back.joint.into_iter().flatten()));
+        Ok((tensors, back.dsinks))
     })?;
-    let joined = |i: usize| -> Result<Vec<f32>, Error> {
+    let joined = |i: usize| -> Result<Vec<f32>, Failure> {
         let shards: Vec<Tensor> = results.iter().map(|(tensors, _)| tensors[i].clone()).collect();
-        Ok(Tensor::unshard(layout, &shards)?.to_f32())
+        let mut all = Tensor::unshard(layout, &shards)?.to_f32();
+        if joint {
+            let replicas: Vec<&Tensor> = results.iter().filter_map(|(tensors, _)| tensors.get(5 + i)).collect();
+            check(replicas.len() == results.len() && replicas.windows(2).all(|w| w[0] == w[1]), || {
+                format!("joint rows of tensor {i} are missing, or not the same on every rank")
+            })?;
+            all.extend(replicas[0].to_f32());
+        }
+        Ok(all)
     };
     let got = [joined(0)?, joined(1)?, joined(2)?, joined(3)?, joined(4)?];
     judge_all(&setup, &whole, got, results[0].1.as_deref())
 }
 
-/// What the ranks gave back, in rank order: the shards of five tensors, and the sinks' gradient.
-type Shards = ([Tensor; 5], Option<Vec<f32>>);
+/// What a rank gave back: the shards of five tensors, with joint tokens their joint rows, and the sinks' gradient.
+type Shards = (Vec<Tensor>, Option<Vec<f32>>);
 
 /// Runs `body` on every rank of `mesh`; what all gave back, on every process.
 fn everywhere<B: Backend>(
@@ -95,8 +127,7 @@ fn everywhere<B: Backend>(
             list.push(Tensor::from_bytes(bytes)?);
         }
     }
-    let missing = |_| Failure::wrong("a rank shared another number of tensors");
-    shards.into_iter().map(|list| Ok((list.try_into().map_err(missing)?, dsinks.clone()))).collect()
+    Ok(shards.into_iter().map(|list| (list, dsinks.clone())).collect())
 }
 
 /// Runs `body` on this process's rank of a group of all.
@@ -123,8 +154,10 @@ fn bytes_match(engine: &dyn Engine) -> Result<(), Error> {
 
 fn judge_all(setup: &Setup, whole: &Whole, got: [Vec<f32>; 5], dsinks: Option<&[f32]>) -> Result<(), Failure> {
     let seq = setup.q.seq();
-    let spec = setup.problem.spec([seq, seq]);
-    let pair = |_: usize, i: usize, j: usize| setup.mask.allows(i, j).then_some((i as i64, j as i64));
+    let spec = setup.problem.spec([seq + setup.problem.joint; 2]);
+    let pair = |_: usize, i: usize, j: usize| {
+        (i >= seq || j >= seq || setup.mask.allows(i, j)).then_some((i as i64, j as i64))
+    };
     let answers =
         |whole: &Whole| Answers::new(&whole.problem(setup, &spec, &pair), &whole.incoming, setup.problem.dtype);
     let again = |draw: u64| answers(&Whole::random(setup, &mut Random::new(draw)));
@@ -139,7 +172,8 @@ fn judge_all(setup: &Setup, whole: &Whole, got: [Vec<f32>; 5], dsinks: Option<&[
     Ok(())
 }
 
-/// A forward before a prepare, a backward before a forward, shards of another shape: Invalid, and the engine works on.
+/// A forward before a prepare, a backward before a forward, tensors of another shape: Invalid, and the engine works on, a forward's
+/// backward too.
 fn out_of_order(name: &str) -> Result<(), Failure> {
     let mesh = Mesh::new(1, 1, Placement::UlyssesInner)?;
     let layout = Layout::contiguous(12, &mesh);
@@ -154,11 +188,19 @@ fn out_of_order(name: &str) -> Result<(), Failure> {
         let spare = Extra { sinks: Some(vec![0.0; 2]), ..Extra::default() };
         let unasked = engine.forward([&x, &x, &x], &spare).map(drop);
         engine.forward([&x, &x, &x], &Extra::default())?;
+        let short_dout = engine.backward(&short, None).map(drop);
+        let unasked_joint = engine.backward_joint(&x, None, Some((&x, None))).map(drop);
         engine.backward(&x, None)?;
-        Ok([early, unready, misfit, unasked])
+        Ok([early, unready, misfit, unasked, short_dout, unasked_joint])
     })?;
-    let names =
-        ["a forward before its prepare", "a backward before its forward", "a short shard", "sinks nobody asked for"];
+    let names = [
+        "a forward before its prepare",
+        "a backward before its forward",
+        "a short shard",
+        "sinks nobody asked for",
+        "a short dout",
+        "a joint dout nobody asked for",
+    ];
     ranks.into_iter().flatten().zip(names).try_for_each(|(result, what)| check_invalid(what, result))
 }
 

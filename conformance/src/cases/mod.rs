@@ -6,6 +6,7 @@ use longspan_hal::Backend;
 
 use crate::rank::{Failure, Rank};
 
+pub mod adopted;
 pub mod agreement;
 pub mod attention;
 pub mod collective;

@@ -144,7 +144,11 @@ impl<B: Backend> Part<B> {
         Ok(Self { qkv: inputs, dout, dlse, out, lse: rank.blank(thin)?, gradients })
     }
 
-    fn rows(&self) -> Result<OutputRows<'_, B::Device>, Error> {
+    /// Rows of the results and their gradients.
+    ///
+    /// # Errors
+    /// As [`Loaded::inputs`].
+    pub fn rows(&self) -> Result<OutputRows<'_, B::Device>, Error> {
         let dlse = self.dlse.as_ref().map(Tensor::view).transpose()?;
         Ok(OutputRows { out: self.out.view()?, lse: self.lse.view()?, dout: self.dout.view()?, dlse })
     }
@@ -182,7 +186,11 @@ impl<B: Backend> Loaded<B> {
         Ok(Self { shard, joint, slopes, sinks, dsinks: rank.blank(heads)?, seed: whole.seed })
     }
 
-    fn inputs(&self, problem: &Problem) -> Result<Inputs<'_, B::Device>, Error> {
+    /// What a call reads.
+    ///
+    /// # Errors
+    /// None, as each fits its buffer.
+    pub fn inputs(&self, problem: &Problem) -> Result<Inputs<'_, B::Device>, Error> {
         let extras = Extras {
             alibi_slopes: if problem.alibi { Some(self.slopes.view()?) } else { None },
             sinks: if problem.sinks { Some(self.sinks.view()?) } else { None },
@@ -196,17 +204,38 @@ impl<B: Backend> Loaded<B> {
         Ok(Inputs { q: q.view()?, k: k.view()?, v: v.view()?, joint, extras })
     }
 
+    /// What a forward writes.
+    ///
+    /// # Errors
+    /// As [`Loaded::inputs`].
+    pub fn forward_into(&self) -> Result<Outputs<'_, B::Device>, Error> {
+        let joint = match &self.joint {
+            Some(j) => Some([j.out.view_mut()?, j.lse.view_mut()?]),
+            None => None,
+        };
+        Ok(Outputs { out: self.shard.out.view_mut()?, lse: self.shard.lse.view_mut()?, joint })
+    }
+
+    /// What a backward writes.
+    ///
+    /// # Errors
+    /// As [`Loaded::inputs`].
+    pub fn backward_into(&self, problem: &Problem) -> Result<Gradients<'_, B::Device>, Error> {
+        let joint = match &self.joint {
+            Some(j) => Some([j.gradients[0].view_mut()?, j.gradients[1].view_mut()?, j.gradients[2].view_mut()?]),
+            None => None,
+        };
+        let [dq, dk, dv] = &self.shard.gradients;
+        let dsinks = if problem.sinks { Some(self.dsinks.view_mut()?) } else { None };
+        Ok(Gradients { dq: dq.view_mut()?, dk: dk.view_mut()?, dv: dv.view_mut()?, joint, dsinks })
+    }
+
     /// Queues a forward.
     ///
     /// # Errors
     /// Those of [`Usp::forward`].
     pub fn forward(&self, rank: &Rank<B>, usp: &Usp<B>, trace: Option<&mut Trace<B::Device>>) -> Result<(), Error> {
-        let joint = match &self.joint {
-            Some(j) => Some([j.out.view_mut()?, j.lse.view_mut()?]),
-            None => None,
-        };
-        let outputs = Outputs { out: self.shard.out.view_mut()?, lse: self.shard.lse.view_mut()?, joint };
-        usp.forward(&rank.member, &rank.stream, &self.inputs(usp.plan().problem())?, &outputs, trace)
+        usp.forward(&rank.member, &rank.stream, &self.inputs(usp.plan().problem())?, &self.forward_into()?, trace)
     }
 
     /// Queues a backward.
@@ -215,20 +244,14 @@ impl<B: Backend> Loaded<B> {
     /// Those of [`Usp::backward`].
     pub fn backward(&self, rank: &Rank<B>, usp: &Usp<B>, trace: Option<&mut Trace<B::Device>>) -> Result<(), Error> {
         let problem = usp.plan().problem();
-        let joint = match &self.joint {
-            Some(j) => Some([j.gradients[0].view_mut()?, j.gradients[1].view_mut()?, j.gradients[2].view_mut()?]),
-            None => None,
-        };
-        let [dq, dk, dv] = &self.shard.gradients;
-        let dsinks = if problem.sinks { Some(self.dsinks.view_mut()?) } else { None };
-        let gradients = Gradients { dq: dq.view_mut()?, dk: dk.view_mut()?, dv: dv.view_mut()?, joint, dsinks };
+        let gradients = self.backward_into(problem)?;
         let joint = self.joint.as_ref().map(Part::rows).transpose()?;
         let inputs = self.inputs(problem)?;
         usp.backward(&rank.member, &rank.stream, &inputs, &self.shard.rows()?, joint.as_ref(), &gradients, trace)
     }
 
     /// Every output of this rank: the shard's, the joint rows', dsinks.
-    fn outputs(&self) -> Vec<&Tensor<B>> {
+    pub fn outputs(&self) -> Vec<&Tensor<B>> {
         let parts = [Some(&self.shard), self.joint.as_ref()];
         parts.into_iter().flatten().flat_map(Part::outputs).chain([&self.dsinks]).collect()
     }
@@ -254,7 +277,7 @@ impl<B: Backend> Loaded<B> {
 pub fn prepare<B: Backend>(rank: &Rank<B>, setup: &Setup, loaded: &Loaded<B>) -> Result<Usp<B>, Failure> {
     rank.step("prepare", 0);
     let plan = Plan::new(&setup.problem, &setup.q, &setup.k, &setup.mask, rank.index())?;
-    match Usp::prepare(&rank.member, &rank.stream, plan, |bytes| rank.device.alloc(bytes)) {
+    match Usp::prepare(&rank.member, &rank.stream, plan, |bytes| rank.alloc(bytes)) {
         Ok(usp) => Ok(usp),
         Err(error @ Error::Unsupported { .. }) => {
             for tensor in loaded.outputs() {

@@ -410,9 +410,9 @@ pub fn backward<B: Backend>(
     let extents = [0, 1, 2].map(|i| loaded.qkv[i].at.extent());
     let mut before = extents.map(|e| Array4::<f32>::zeros((e[0], e[1], e[2], e[3])));
     let mut tensors = Vec::new();
-    for (extent, before) in extents.into_iter().zip(&mut before) {
+    for (i, (extent, before)) in extents.into_iter().zip(&mut before).enumerate() {
         let tensor = rank.blank(lay(config.memory, dtype, extent, random)?)?;
-        if config.gradients == Gradients::Add {
+        if config.gradients == Gradients::Add && !(i == 0 && s.sums_dq()) {
             *before = random.tensor(DType::F32, extent);
             rank.write(&tensor, before)?;
         }
@@ -420,13 +420,21 @@ pub fn backward<B: Backend>(
     }
     for (i, (plan, scratch)) in plans.iter().enumerate() {
         rank.step("backward", i as u32 + 1);
-        let store = if i == 0 && config.gradients != Gradients::Add { Store::Write } else { Store::Add };
-        let into = [tensors[0].view_mut()?, tensors[1].view_mut()?, tensors[2].view_mut()?];
-        let gradients = into.map(|into| Gradient { into, store });
+        let into = |n: usize| -> Result<_, Failure> {
+            let written = i == 0 && (config.gradients != Gradients::Add || (n == 0 && s.sums_dq()));
+            Ok(Gradient { into: tensors[n].view_mut()?, store: if written { Store::Write } else { Store::Add } })
+        };
+        let gradients = [into(0)?, into(1)?, into(2)?];
         let [q, k, v] = [loaded.qkv[0].view()?, loaded.qkv[1].view()?, loaded.qkv[2].view()?];
         let rows = [dout, lse, delta.view()?];
         let args = Backward::new(s, [q, k, v], rows, gradients, loaded.extras(s)?, scratch.as_ref())?;
         rank.attention.backward(&rank.stream, plan, &args)?;
+    }
+    if s.sums_dq() {
+        rank.check_around("sums of dq", &tensors[0])?;
+        let dq = rank.blank(lay(config.memory, s.dtype, extents[0], random)?)?;
+        rank.attention.finish_dq(&rank.stream, s, dq.view_mut()?, tensors[0].view()?)?;
+        tensors[0] = dq;
     }
     for (what, tensor) in ["dq", "dk", "dv"].iter().zip(&tensors) {
         rank.check_around(what, tensor)?;

@@ -150,7 +150,7 @@ fn setup(row: &Row, random: &mut Random) -> Result<Setup, Error> {
         .with_sinks(row[9] == 1)
         .with_dropout(DROPOUTS[row[10]])
         .with_deterministic(row[12] == 1)
-        .with_head_groups(GROUPS[row[15]])
+        .with_head_groups(GROUPS[row[15]].min(HEADS[row[5]][0]))
         .with_joint(if mask_name == "joint" { random.between(1, 11) } else { 0 })
         .with_backward(true);
     let mask = mask(mask_name, seq, random)?;

@@ -85,7 +85,7 @@ mod tests {
     #[test]
     fn a_refusal_is_bad_input_and_a_lost_peer_is_a_failed_run() {
         assert!(matches!(Failure::from(Error::invalid("x", "y")), Failure::Input(_)));
-        let lost = Error::PeerLost { rank: 3, call: "exchange", step: longspan_hal::Step::default() };
+        let lost = Error::PeerLost { rank: 3, call: "exchange", step: longspan_hal::Step::default(), late: None };
         assert!(matches!(Failure::from(lost), Failure::Run(why) if why.contains("rank 3")));
     }
 }

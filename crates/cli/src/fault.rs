@@ -32,7 +32,7 @@ impl Fault {
             Kind::Stop => {
                 engine.abort();
                 let step = Step { phase: "told to stop", index: 0 };
-                Err(Error::PeerLost { rank: self.rank, call: "its own run, which was told to stop", step })
+                Err(Error::PeerLost { rank: self.rank, call: "its own run, which was told to stop", step, late: None })
             }
             Kind::Wrong => {
                 let mut values = forward.out.to_f32();

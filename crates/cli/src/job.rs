@@ -79,7 +79,7 @@ impl Job {
             deterministic,
             head_groups: head_groups.map(|n| n as usize),
         };
-        check(&job.problem())?;
+        job.problem().check()?;
         Ok(job)
     }
 
@@ -148,19 +148,6 @@ pub fn at_most(most: u32, mesh: &Mesh) -> Result<(), Error> {
         size if size > most => Err(Error::invalid("mesh", format!("{size} ranks; {most} is the most here"))),
         _ => Ok(()),
     }
-}
-
-/// Checks `problem`, and that head groups have heads: each is an exchange, however few heads it has.
-///
-/// # Errors
-/// [`Error::Invalid`] naming the option.
-pub fn check(problem: &Problem) -> Result<(), Error> {
-    let Problem { heads, head_groups, .. } = *problem;
-    if let Some(groups) = head_groups.filter(|groups| *groups > heads) {
-        let why = format!("{groups} groups of {heads} heads: take as many groups as heads at most");
-        return Err(Error::invalid("head_groups", why));
-    }
-    problem.check()
 }
 
 /// The layout of `kind`.

@@ -171,6 +171,19 @@ fn a_killed_process_is_named_and_nobody_hangs() {
     }
 }
 
+/// Ranks that stay away, leave or give up, as the suite has them: the library's host calls wait for them without end.
+#[test]
+fn lost_ranks_are_noticed_between_processes_as_between_threads() {
+    for (exchange, cases) in
+        [("nccl", "collective/peer-*"), ("nccl", "collective/drops-*"), ("peer", "collective/peer-*")]
+    {
+        let suite = ["conformance", "--backend", "rocm", "--exchange", exchange, "--ranks", "4", "--filter", cases];
+        let said = all(start(4, &suite, &[]));
+        assert!(said.iter().all(|s| s.code == Some(0) && !s.text.contains("misuse")), "{exchange} {cases}: {said:?}");
+        assert!(said[0].text.contains(" passed, 0 failed"), "{}", said[0].text);
+    }
+}
+
 /// What is missing or wrong, the kernel cache, doctor and bench, as `ci/gpu_program.sh` checks them on a machine with a GPU.
 #[cfg(unix)]
 #[test]

@@ -75,11 +75,21 @@ pub trait Attention<D: Device>: Debug + Send + Sync + 'static {
     fn backward_prepare(&self, on: &D::Stream, spec: &Spec, args: &Prepare<'_, D>) -> Result<()>;
 
     /// Queues the gradients of the slices of `plan`. A gradient that is written is written in every row, with 0 where no
-    /// slice contributes.
+    /// slice contributes. With [`Spec::sums_dq`] dq is left as sums, in whatever order and scale suit the kernels: the first
+    /// call writes them, others add to them, and [`Attention::finish_dq`] makes dq of them.
     ///
     /// # Errors
     /// [`Error::Driver`].
     fn backward(&self, on: &D::Stream, plan: &Self::Plan, args: &Backward<'_, D>) -> Result<()>;
+
+    /// Queues `into` = dq of the sums that [`Attention::backward`] left for `spec` (of any number of keys), which has
+    /// [`Spec::sums_dq`], rounded once to the I/O dtype; `into` and `sums` have the extent of the queries and don't overlap.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the tensor; [`Error::Driver`].
+    fn finish_dq(&self, on: &D::Stream, _spec: &Spec, into: ViewMut<'_, D>, sums: View<'_, D>) -> Result<()> {
+        self.accumulate(on, &Accumulate::new(into, &[sums])?)
+    }
 
     /// Queues `into = round(((t0 + t1) + t2) + ...)`: f32 sums in list order, rounded once to the dtype of `into`.
     ///
@@ -174,7 +184,11 @@ impl<D: Device> Default for Extras<'_, D> {
 }
 
 impl<D: Device> Extras<'_, D> {
-    fn check(&self, spec: &Spec) -> Result<()> {
+    /// Checks that each is given exactly where `spec` has the option, and its shape.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the input.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
         let heads = [1, 1, spec.heads_total, 1];
         let given = [
             ("alibi_slopes", spec.alibi, self.alibi_slopes.is_some()),
@@ -194,7 +208,12 @@ impl<D: Device> Extras<'_, D> {
         if let Some(v) = &self.sinks {
             expect("sinks", v.dtype(), v.extent(), DType::F32, heads)?;
         }
-        Ok(())
+        match &self.seed {
+            Some(Seed::Device(buffer)) if D::bytes(buffer) < 8 => {
+                Err(Error::invalid("dropout seed", format!("it has 8 bytes, its buffer {}", D::bytes(buffer))))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -357,7 +376,7 @@ pub struct Backward<'a, D: Device> {
     pub lse: View<'a, D>,
     /// From [`Attention::backward_prepare`], f32 `[batch, q_rows, heads, 1]`.
     pub delta: View<'a, D>,
-    /// Gradient of the queries.
+    /// Gradient of the queries, or, with [`Spec::sums_dq`], its sums.
     pub dq: Gradient<'a, D>,
     /// Gradient of the keys.
     pub dk: Gradient<'a, D>,
@@ -456,8 +475,14 @@ fn expect(what: &'static str, dtype: DType, extent: Extent, wanted: DType, shape
     Err(Error::invalid(what, format!("it is {dtype} {extent:?}, wanted is {wanted} {shape:?}")))
 }
 
-/// What is written overlaps neither what is read nor each other.
-fn apart<D: Device>(read: &[(&'static str, View<'_, D>)], written: &[(&'static str, ViewMut<'_, D>)]) -> Result<()> {
+/// Checks that what is written overlaps neither what is read nor each other.
+///
+/// # Errors
+/// [`Error::Invalid`] naming both.
+pub fn apart<D: Device>(
+    read: &[(&'static str, View<'_, D>)],
+    written: &[(&'static str, ViewMut<'_, D>)],
+) -> Result<()> {
     for (i, (what, w)) in written.iter().enumerate() {
         let with = read
             .iter()

@@ -42,8 +42,9 @@ pub enum Error {
         free: u64,
     },
 
-    /// Another rank died, panicked, was told to stop, or stopped answering.
-    #[error("lost rank {rank} during {call} (its last reported step: {step})")]
+    /// Another rank died, panicked, was told to stop, or did not come in time; the same on every rank, also on the one that
+    /// the others gave up.
+    #[error("{}", lost(*rank, call, *step, *late))]
     PeerLost {
         /// The rank that was lost (in its group).
         rank: u32,
@@ -51,6 +52,8 @@ pub enum Error {
         call: &'static str,
         /// The last step that the lost rank reported.
         step: Step,
+        /// The limit that passed, where it only did not come: then it may live.
+        late: Option<Duration>,
     },
 
     /// Two operations touched the same memory without an order between them.
@@ -63,7 +66,7 @@ pub enum Error {
     },
 
     /// A wait ran out.
-    #[error("{call} did not finish within {limit:?}")]
+    #[error("{call} did not finish within {limit:?}; if it only takes longer, raise the limit")]
     Timeout {
         /// The call that waited.
         call: &'static str,
@@ -94,9 +97,34 @@ pub enum Error {
     },
 }
 
+fn lost(rank: u32, call: &str, step: Step, late: Option<Duration>) -> String {
+    match late {
+        None => format!("lost rank {rank} during {call} (its last reported step: {step})"),
+        Some(limit) => format!(
+            "rank {rank} was given up during {call}: it did not come within {limit:?} (its last reported step: {step}); if it was \
+             only slow, raise the limit"
+        ),
+    }
+}
+
 impl Error {
     /// An [`Error::Invalid`] for `what`, because of `why`.
     pub fn invalid(what: &'static str, why: impl Into<String>) -> Self {
         Self::Invalid { what, why: why.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_rank_and_one_that_was_late_are_told_apart() {
+        let step = Step { phase: "attention forward", index: 1 };
+        let text = |late| Error::PeerLost { rank: 1, call: "exchange", step, late }.to_string();
+        assert_eq!(text(None), "lost rank 1 during exchange (its last reported step: attention forward 1)");
+        let late = "rank 1 was given up during exchange: it did not come within 1s (its last reported step: attention forward 1); \
+                    if it was only slow, raise the limit";
+        assert_eq!(text(Some(Duration::from_secs(1))), late);
     }
 }

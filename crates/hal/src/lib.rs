@@ -29,7 +29,9 @@ pub mod slice;
 pub mod spec;
 pub mod view;
 
-pub use attention::{Accumulate, Attention, Backward, Extras, Forward, Gradient, Partial, Prepare, Seed, Stage, Store};
+pub use attention::{
+    Accumulate, Attention, Backward, Extras, Forward, Gradient, Partial, Prepare, Seed, Stage, Store, apart,
+};
 pub use backend::{Backend, DeviceInfo, Finding, GroupId, KernelClass, Peak, Transport};
 pub use caps::Caps;
 pub use collective::{Collective, P2p, Step, check_sends};

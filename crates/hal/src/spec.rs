@@ -66,7 +66,7 @@ pub struct Spec {
     pub deterministic: bool,
     /// The forward is cut into several calls (Start, Continue, Finish).
     pub partial: bool,
-    /// The backward adds to gradients, or wants them in f32 though `dtype` is narrower.
+    /// The backward adds to gradients, or wants them in f32 though `dtype` is narrower. dq: see [`Spec::sums_dq`].
     pub accumulate: bool,
 }
 
@@ -165,6 +165,11 @@ impl Spec {
     pub fn with_accumulate(mut self, accumulate: bool) -> Self {
         self.accumulate = accumulate;
         self
+    }
+
+    /// Whether the backward leaves f32 sums instead of dq: see [`crate::Attention::finish_dq`].
+    pub fn sums_dq(&self) -> bool {
+        self.accumulate && self.dtype != DType::F32
     }
 
     /// Sets the cut: `heads` local query heads from global head `head_first` of `heads_total`, with `group` query heads a

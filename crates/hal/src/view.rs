@@ -78,16 +78,19 @@ impl Strided {
         Ok(this)
     }
 
-    /// A dense `[batch, seq, heads, dim]` tensor at the start of its buffer (BSHD order).
+    /// A dense `[batch, seq, heads, dim]` tensor at the start of its buffer (BSHD order). No buffer holds one whose addresses
+    /// overflow: a view of it is refused.
     pub fn dense(dtype: DType, extent: Extent) -> Self {
         let [_, s, h, d] = extent;
-        Self { dtype, offset: 0, extent, strides: [s * h * d, h * d, d, 1] }
+        let [hd, sh] = [h.saturating_mul(d), s.saturating_mul(h)];
+        Self { dtype, offset: 0, extent, strides: [sh.saturating_mul(d), hd, d, 1] }
     }
 
     /// A dense tensor that lies as `[batch, heads, seq, dim]` (BHSD order), indexed `[batch, seq, heads, dim]`.
     pub fn dense_bhsd(dtype: DType, extent: Extent) -> Self {
         let [_, s, h, d] = extent;
-        Self { dtype, offset: 0, extent, strides: [h * s * d, d, s * d, 1] }
+        let [sd, hs] = [s.saturating_mul(d), h.saturating_mul(s)];
+        Self { dtype, offset: 0, extent, strides: [hs.saturating_mul(d), d, sd, 1] }
     }
 
     fn check_nesting(&self) -> Result<()> {
@@ -142,25 +145,27 @@ impl Strided {
         self.extent.contains(&0)
     }
 
-    /// Number of elements.
+    /// Number of elements; the largest number where it is larger.
     pub fn elements(&self) -> usize {
-        self.extent.iter().product()
+        self.extent.iter().fold(1, |n, &axis| n.saturating_mul(axis))
     }
 
-    /// Bytes of the elements themselves, without the gaps between them.
+    /// Bytes of the elements themselves, without the gaps between them; the largest number where they are more.
     pub fn bytes(&self) -> usize {
-        self.elements() * self.dtype.size()
+        self.elements().saturating_mul(self.dtype.size())
     }
 
-    /// Byte range of the buffer that holds all elements (gaps included); empty for an empty tensor.
+    /// Byte range of the buffer that holds all elements (gaps included); empty for an empty tensor. What overflows ends at the
+    /// largest number, behind every buffer.
     pub fn byte_range(&self) -> Range<usize> {
         let size = self.dtype.size();
-        let start = self.offset * size;
+        let start = self.offset.saturating_mul(size);
         if self.is_empty() {
             return start..start;
         }
-        let last: usize = (0..4).map(|a| (self.extent[a] - 1) * self.strides[a]).sum();
-        start..start + (last + 1) * size
+        let axis = |a: usize| (self.extent[a] - 1).saturating_mul(self.strides[a]);
+        let last = (0..4).fold(self.offset, |at, a| at.saturating_add(axis(a)));
+        start..last.saturating_add(1).saturating_mul(size)
     }
 
     /// Whether the elements lie without gaps in row-major order.
@@ -168,7 +173,7 @@ impl Strided {
         let mut expected = 1;
         (0..4).rev().all(|a| {
             let ok = self.extent[a] <= 1 || self.strides[a] == expected;
-            expected *= self.extent[a];
+            expected = expected.saturating_mul(self.extent[a]);
             ok
         }) || self.is_empty()
     }
@@ -181,7 +186,7 @@ impl Strided {
     /// The part with `range` of axis `axis` (0 batch, 1 seq, 2 heads, 3 dim).
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the range does not lie inside the axis.
+    /// [`Error::Invalid`] if the range does not lie inside the axis, or on overflow.
     pub fn narrow(&self, axis: usize, range: Range<usize>) -> Result<Self> {
         if axis >= 4 || range.start > range.end || range.end > self.extent[axis] {
             return Err(Error::invalid(
@@ -193,7 +198,8 @@ impl Strided {
         part.extent[axis] = range.len();
         // An empty part keeps its offset, so that it never points behind the buffer.
         if !part.is_empty() {
-            part.offset += range.start * self.strides[axis];
+            let moved = range.start.checked_mul(self.strides[axis]).and_then(|by| part.offset.checked_add(by));
+            part.offset = moved.ok_or_else(|| Error::invalid("view", "offset overflows"))?;
         }
         Ok(part)
     }
@@ -407,6 +413,11 @@ mod tests {
             })
     }
 
+    /// A size about a power of two.
+    fn size() -> impl Strategy<Value = usize> {
+        (prop_oneof![0u32..18, 0u32..64], 0usize..3).prop_map(|(power, more)| (1usize << power) + more - 1)
+    }
+
     fn bytes_of(s: &Strided) -> std::collections::HashSet<usize> {
         s.rows().flatten().collect()
     }
@@ -423,6 +434,23 @@ mod tests {
         fn overlap_of_packed_parts_is_exact(a in strided(), by in 0usize..30) {
             let b = a.shifted(by).expect("small");
             prop_assert_eq!(a.overlaps(&b), !bytes_of(&a).is_disjoint(&bytes_of(&b)));
+        }
+
+        /// What can't be addressed ends behind every buffer, and so does its last element, or it is refused.
+        #[test]
+        fn nothing_wraps(extent in [size(), size(), size(), size()]) {
+            let bytes = extent.iter().fold(4u128, |n, &axis| n.saturating_mul(axis as u128));
+            let wanted = usize::try_from(bytes).unwrap_or(usize::MAX);
+            for whole in [Strided::dense(DType::F32, extent), Strided::dense_bhsd(DType::F32, extent)] {
+                prop_assert_eq!((whole.bytes(), whole.byte_range()), (wanted, 0..wanted));
+                if whole.is_empty() {
+                    continue;
+                }
+                match (0..4).try_fold(whole, |part, axis| part.narrow(axis, extent[axis] - 1..extent[axis])) {
+                    Ok(last) => prop_assert_eq!((last.elements(), last.byte_range().end), (1, wanted)),
+                    Err(_) => prop_assert_eq!(wanted, usize::MAX),
+                }
+            }
         }
 
         #[test]
@@ -446,5 +474,6 @@ mod tests {
         assert!(Strided::new(DType::F32, 0, [1, 2, 2, 4], [8, 3, 4, 1]).is_err());
         assert!(Strided::new(DType::F32, 0, [1, 4, 1, 4], [0, 0, 0, 1]).is_err());
         assert!(Strided::new(DType::F32, usize::MAX / 2, [1, 2, 2, 4], [16, 8, 4, 1]).is_err());
+        assert!(Strided::dense(DType::F32, [1 << 62, 1, 1, 1]).shifted(0).is_err());
     }
 }

@@ -115,8 +115,8 @@ pub trait Engine: Debug {
     /// returns.
     ///
     /// # Errors
-    /// [`Error::Unsupported`], [`Error::Invalid`], [`Error::PeerLost`]; [`Error::OutOfMemory`] before anything is taken if
-    /// memory and the tensors of a forward (and backward) do not fit the device.
+    /// [`Error::Unsupported`], [`Error::Invalid`], [`Error::PeerLost`]; [`Error::OutOfMemory`] if memory and the tensors of a
+    /// forward (and backward) do not fit the device, of all its ranks together: then nothing stays taken.
     fn prepare(&mut self, problem: &Problem, layouts: [&Layout; 2], mask: &Mask) -> Result<Bytes>;
 
     /// The plan of the last [`Engine::prepare`].
@@ -140,20 +140,20 @@ pub trait Engine: Debug {
     /// [`Engine::backward_joint`] is the one to call.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without a forward; the device's own.
+    /// [`Error::Invalid`] without a forward, or for gradients that do not fit it, which may be given again; the device's own.
     fn backward(&mut self, dout: &Tensor, dlse: Option<&Tensor>) -> Result<Gradients> {
         self.backward_joint(dout, dlse, None)
     }
 
-    /// As [`Engine::backward`], with the gradient of the joint out.
+    /// As [`Engine::backward`], with the gradients of the joint out and, if there is one, of the joint lse.
     ///
     /// # Errors
-    /// As [`Engine::backward`].
+    /// As [`Engine::backward`]; [`Error::Invalid`] if they are not given exactly where the problem has joint tokens.
     fn backward_joint(
         &mut self,
         dout: &Tensor,
         dlse: Option<&Tensor>,
-        joint_dout: Option<&Tensor>,
+        joint: Option<(&Tensor, Option<&Tensor>)>,
     ) -> Result<Gradients>;
 
     /// Collective. Puts seeded normal numbers where this rank's q, k and v would be (and dout, if the problem has a backward),
@@ -194,6 +194,8 @@ pub trait Engine: Debug {
 #[derive(Debug)]
 pub(crate) struct EngineOf<B: Backend> {
     pub(crate) member: Member<B>,
+    /// Ranks on this rank's device, this one too.
+    beside: Vec<u32>,
     /// Of waits of the host.
     pub(crate) limit: Duration,
     pub(crate) stream: <B::Device as Device>::Stream,
@@ -260,13 +262,14 @@ impl<D: Device> Kept<D> {
 }
 
 impl<B: Backend> EngineOf<B> {
-    /// An engine for `member`, whose group waits for a peer for `limit`.
+    /// An engine for `member`, whose group waits for a peer for `limit`; `beside` are the ranks on its device, this one too.
     ///
     /// The host waits for more than twice that: work before an exchange, then the peer, whom the group names.
-    pub fn new(member: Member<B>, limit: Duration) -> Result<Self> {
+    pub fn new(member: Member<B>, beside: Vec<u32>, limit: Duration) -> Result<Self> {
         let stream = member.device.stream(Priority::Normal)?;
         Ok(Self {
             member,
+            beside,
             limit: limit.saturating_mul(2).saturating_add(NAMING),
             stream,
             usp: None,
@@ -314,6 +317,86 @@ impl<B: Backend> EngineOf<B> {
         let usp = self.usp.as_ref().ok_or_else(|| Error::invalid("engine", "call prepare first"))?;
         Ok((usp.plan().problem().clone(), usp.plan().local_rows()))
     }
+
+    /// [`Engine::backward_joint`] of the forward that left `kept`.
+    fn gradients(
+        &mut self,
+        kept: &Kept<B::Device>,
+        dout: &Tensor,
+        dlse: Option<&Tensor>,
+        joint: Option<(&Tensor, Option<&Tensor>)>,
+    ) -> Result<Gradients> {
+        let (problem, [q_rows, k_rows]) = self.planned()?;
+        if joint.is_some() && problem.joint == 0 {
+            return Err(Error::invalid("joint dout", "the problem has no joint tokens"));
+        }
+        let dout = self.upload(dout)?;
+        let dlse = dlse.map(|t| self.upload(t)).transpose()?;
+        let joint_dout = joint.map(|(dout, _)| self.upload(dout)).transpose()?;
+        let joint_dlse = joint.and_then(|(_, dlse)| dlse).map(|t| self.upload(t)).transpose()?;
+        let (h, hk, d, dv) = (problem.heads, problem.kv_heads, problem.head_dim, problem.head_dim_v);
+        let mut triple = |q: usize, k: usize| -> Result<[OnDevice<B::Device>; 3]> {
+            let b = problem.batch;
+            Ok([
+                self.empty(problem.dtype, [b, q, h, d])?,
+                self.empty(problem.dtype, [b, k, hk, d])?,
+                self.empty(problem.dtype, [b, k, hk, dv])?,
+            ])
+        };
+        let of_shards = triple(q_rows, k_rows)?;
+        let of_joint = if problem.joint > 0 { Some(triple(problem.joint, problem.joint)?) } else { None };
+        let dsinks = if problem.sinks { Some(self.empty(DType::F32, [1, 1, h, 1])?) } else { None };
+        let gradients = DeviceGradients {
+            dq: of_shards[0].view_mut()?,
+            dk: of_shards[1].view_mut()?,
+            dv: of_shards[2].view_mut()?,
+            joint: match &of_joint {
+                Some([q, k, v]) => Some([q.view_mut()?, k.view_mut()?, v.view_mut()?]),
+                None => None,
+            },
+            dsinks: dsinks.as_ref().map(OnDevice::view_mut).transpose()?,
+        };
+        let rows = OutputRows {
+            out: kept.results[0].view()?,
+            lse: kept.results[1].view()?,
+            dout: dout.view()?,
+            dlse: dlse.as_ref().map(OnDevice::view).transpose()?,
+        };
+        let joint_rows = match (&kept.joint_results, &joint_dout) {
+            (Some([out, lse]), Some(dout)) => {
+                let dlse = joint_dlse.as_ref().map(OnDevice::view).transpose()?;
+                Some(OutputRows { out: out.view()?, lse: lse.view()?, dout: dout.view()?, dlse })
+            }
+            _ => None,
+        };
+        let mut trace = Trace::default();
+        let usp = self.usp.as_ref().ok_or_else(|| Error::invalid("engine", "call prepare first"))?;
+        usp.backward(
+            &self.member,
+            &self.stream,
+            &kept.inputs()?,
+            &rows,
+            joint_rows.as_ref(),
+            &gradients,
+            Some(&mut trace),
+        )?;
+        let result = Gradients {
+            dq: self.download(&of_shards[0])?,
+            dk: self.download(&of_shards[1])?,
+            dv: self.download(&of_shards[2])?,
+            joint: match &of_joint {
+                Some([q, k, v]) => Some([self.download(q)?, self.download(k)?, self.download(v)?]),
+                None => None,
+            },
+            dsinks: match &dsinks {
+                Some(d) => Some(self.download(d)?.to_f32()),
+                None => None,
+            },
+        };
+        self.traces.truncate(1);
+        self.traces.push(trace);
+        Ok(result)
+    }
 }
 
 impl<B: Backend> Engine for EngineOf<B> {
@@ -338,11 +421,13 @@ impl<B: Backend> Engine for EngineOf<B> {
         let memory = device.memory()?;
         (self.kept, self.resident, self.usp) = (None, None, None);
         self.meetings.clear();
-        room::check_tensors(problem, [q, k], self.rank(), memory)?;
+        room::check_tensors(problem, [q, k], &self.beside, device.caps().memory_bytes)?;
         let plan = Plan::new(problem, q, k, mask, self.rank())?;
-        room::check_plan(&plan, memory)?;
+        room::check(&plan, plan.bytes()?, memory)?;
         let usp = Usp::prepare(&self.member, &self.stream, plan, |bytes| device.alloc(bytes))?;
         let bytes = usp.workspace();
+        // Now with what kernels and messages take.
+        room::check(usp.plan(), bytes, memory)?;
         self.usp = Some(usp);
         Ok(bytes)
     }
@@ -412,75 +497,16 @@ impl<B: Backend> Engine for EngineOf<B> {
         &mut self,
         dout: &Tensor,
         dlse: Option<&Tensor>,
-        joint_dout: Option<&Tensor>,
+        joint: Option<(&Tensor, Option<&Tensor>)>,
     ) -> Result<Gradients> {
-        let (problem, [q_rows, k_rows]) = self.planned()?;
         let kept = self.kept.take().ok_or_else(|| Error::invalid("engine", "call forward first"))?;
-        let dout = self.upload(dout)?;
-        let dlse = dlse.map(|t| self.upload(t)).transpose()?;
-        let joint_dout = joint_dout.map(|t| self.upload(t)).transpose()?;
-        let (h, hk, d, dv) = (problem.heads, problem.kv_heads, problem.head_dim, problem.head_dim_v);
-        let mut triple = |q: usize, k: usize| -> Result<[OnDevice<B::Device>; 3]> {
-            let b = problem.batch;
-            Ok([
-                self.empty(problem.dtype, [b, q, h, d])?,
-                self.empty(problem.dtype, [b, k, hk, d])?,
-                self.empty(problem.dtype, [b, k, hk, dv])?,
-            ])
-        };
-        let of_shards = triple(q_rows, k_rows)?;
-        let of_joint = if problem.joint > 0 { Some(triple(problem.joint, problem.joint)?) } else { None };
-        let dsinks = if problem.sinks { Some(self.empty(DType::F32, [1, 1, h, 1])?) } else { None };
-        let gradients = DeviceGradients {
-            dq: of_shards[0].view_mut()?,
-            dk: of_shards[1].view_mut()?,
-            dv: of_shards[2].view_mut()?,
-            joint: match &of_joint {
-                Some([q, k, v]) => Some([q.view_mut()?, k.view_mut()?, v.view_mut()?]),
-                None => None,
-            },
-            dsinks: dsinks.as_ref().map(OnDevice::view_mut).transpose()?,
-        };
-        let rows = OutputRows {
-            out: kept.results[0].view()?,
-            lse: kept.results[1].view()?,
-            dout: dout.view()?,
-            dlse: dlse.as_ref().map(OnDevice::view).transpose()?,
-        };
-        let joint_rows = match (&kept.joint_results, &joint_dout) {
-            (Some([out, lse]), Some(dout)) => {
-                Some(OutputRows { out: out.view()?, lse: lse.view()?, dout: dout.view()?, dlse: None })
-            }
-            _ => None,
-        };
-        let mut trace = Trace::default();
-        let usp = self.usp.as_ref().ok_or_else(|| Error::invalid("engine", "call prepare first"))?;
-        usp.backward(
-            &self.member,
-            &self.stream,
-            &kept.inputs()?,
-            &rows,
-            joint_rows.as_ref(),
-            &gradients,
-            Some(&mut trace),
-        )?;
-        let result = Gradients {
-            dq: self.download(&of_shards[0])?,
-            dk: self.download(&of_shards[1])?,
-            dv: self.download(&of_shards[2])?,
-            joint: match &of_joint {
-                Some([q, k, v]) => Some([self.download(q)?, self.download(k)?, self.download(v)?]),
-                None => None,
-            },
-            dsinks: match &dsinks {
-                Some(d) => Some(self.download(d)?.to_f32()),
-                None => None,
-            },
-        };
+        let bytes = self.tensor_bytes;
+        let result = self.gradients(&kept, dout, dlse, joint);
         self.kept = Some(kept);
-        self.traces.truncate(1);
-        self.traces.push(trace);
-        Ok(result)
+        if result.is_err() {
+            self.tensor_bytes = bytes;
+        }
+        result
     }
 
     fn reside(&mut self, packed: bool, extra: &Extra) -> Result<()> {

@@ -33,6 +33,7 @@ const RUN: Duration = Duration::from_secs(30 * 86_400);
 pub struct Processes {
     member: Member,
     local_rank: u32,
+    local_size: u32,
     reach: Reach,
     mpi: bool,
 }
@@ -83,7 +84,8 @@ impl Processes {
         };
         let mut member = Member::join(&place, told.rank, told.size, START)?;
         member.limit = RUN;
-        Ok(Some(Self { member, local_rank: told.local_rank, reach, mpi: matches!(told.from, From::Mpi) }))
+        let (local_rank, local_size) = (told.local_rank, told.local_size);
+        Ok(Some(Self { member, local_rank, local_size, reach, mpi: matches!(told.from, From::Mpi) }))
     }
 
     /// Whether a launcher started this process with others, by the variables that launchers set. Starts nothing itself.
@@ -157,6 +159,12 @@ impl Processes {
         devices.get(self.local_rank as usize % devices.len().max(1)).ok_or_else(none)
     }
 
+    /// Ranks on this process's device, of `devices` of its host. The others count as this one: which they are is not known.
+    fn beside(&self, devices: usize) -> Vec<u32> {
+        let first = self.local_rank % devices.max(1) as u32;
+        (first..self.local_size).step_by(devices.max(1)).map(|_| self.rank()).collect()
+    }
+
     /// Collective: runs `body` on this process's rank of `mesh`; `limit` bounds every wait for a peer.
     ///
     /// # Errors
@@ -181,7 +189,8 @@ impl Processes {
                 let id = self.processes.group_id::<B>()?;
                 let device = self.processes.device(&devices, B::NAME)?;
                 let place = [self.processes.rank(), self.processes.size()];
-                in_group::<B, T>(device, &id, place, self.limit, self.body)
+                let beside = self.processes.beside(devices.len());
+                engine_in_group::<B, T>(device, &id, place, beside, self.limit, self.body)
             }
         }
         self.check(mesh)?;
@@ -239,18 +248,30 @@ pub fn in_group<B: Backend, T>(
     limit: Duration,
     body: impl FnOnce(&mut dyn Engine) -> Result<T>,
 ) -> Result<T> {
+    engine_in_group::<B, T>(device, id, place, vec![place[0]], limit, body)
+}
+
+fn engine_in_group<B: Backend, T>(
+    device: &DeviceInfo,
+    id: &GroupId,
+    place: [u32; 2],
+    beside: Vec<u32>,
+    limit: Duration,
+    body: impl FnOnce(&mut dyn Engine) -> Result<T>,
+) -> Result<T> {
     let [rank, size] = place;
     let run = || {
         let member = longspan_seqpar::Member::<B>::join(device, id, rank, size, limit)?;
-        let mut engine = EngineOf::new(member, limit)?;
+        let mut engine = EngineOf::new(member, beside, limit)?;
         let result = body(&mut engine);
         if result.is_err() {
             engine.abort();
         }
         result
     };
-    catch_unwind(AssertUnwindSafe(run))
-        .unwrap_or_else(|_| Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default() }))
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+        Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default(), late: None })
+    })
 }
 
 fn place_bytes(place: Result<Place>) -> Vec<u8> {
@@ -403,7 +424,7 @@ mod tests {
                 let (place, body) = (&place, &body);
                 scope.spawn(move || {
                     let member = Member::join(place, rank, size, START).expect("all come");
-                    body(Processes { member, local_rank: rank, reach: Reach::Host, mpi: false })
+                    body(Processes { member, local_rank: rank, local_size: size, reach: Reach::Host, mpi: false })
                 })
             };
             let all: Vec<_> = (0..size).map(start).collect();

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use longspan_hal::{Backend, DeviceInfo, Error, Result, Step};
+use longspan_hal::{Backend, Collective, DeviceInfo, Error, Result, Step};
 use longspan_seqpar::{Member, Mesh};
 
 use crate::engine::{Engine, EngineOf};
@@ -49,7 +49,12 @@ pub fn on_ranks_within<T: Send>(
         type Output = Vec<Result<T>>;
 
         fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Self::Output> {
-            spawn::<B, T>(&devices, self.size, self.limit, |member| with_engine(member, self.limit, &self.body))
+            let count = devices.len().max(1);
+            spawn::<B, T>(&devices, self.size, self.limit, |member| {
+                let first = member.collective.rank() % count as u32;
+                let beside = (first..self.size).step_by(count).collect();
+                with_engine(member, beside, self.limit, &self.body)
+            })
         }
     }
     select(backend, OnRanks { size: mesh.size(), limit, body })
@@ -77,13 +82,19 @@ pub fn on_devices<T: Send>(
         fn visit<B: Backend>(self, devices: Vec<DeviceInfo>) -> Result<Self::Output> {
             let Self { count, limit, body } = &self;
             let alone = |info: &DeviceInfo| -> Result<T> {
-                let ranks = spawn::<B, T>(std::slice::from_ref(info), 1, *limit, |m| with_engine(m, *limit, body))?;
+                let ranks =
+                    spawn::<B, T>(std::slice::from_ref(info), 1, *limit, |m| with_engine(m, vec![0], *limit, body))?;
                 ranks.into_iter().next().unwrap_or_else(|| Err(Error::invalid("ranks", "there were none")))
             };
             std::thread::scope(|scope| {
                 let chosen = devices.iter().take(*count);
                 let threads: Vec<_> = chosen.map(|info| scope.spawn(|| alone(info))).collect();
-                let lost = || Error::PeerLost { rank: 0, call: "its own code, which panicked", step: Step::default() };
+                let lost = || Error::PeerLost {
+                    rank: 0,
+                    call: "its own code, which panicked",
+                    step: Step::default(),
+                    late: None,
+                };
                 threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(lost()))).collect()
             })
         }
@@ -91,13 +102,14 @@ pub fn on_devices<T: Send>(
     select(backend, OnDevices { count, limit, body })
 }
 
-/// Runs `body` on an engine for `member`; if it fails, the other ranks hear of it.
+/// Runs `body` on an engine for `member`, on whose device are the ranks `beside`; if it fails, the other ranks hear of it.
 fn with_engine<B: Backend, T>(
     member: Member<B>,
+    beside: Vec<u32>,
     limit: Duration,
     body: &impl Fn(&mut dyn Engine) -> Result<T>,
 ) -> Result<T> {
-    let mut engine = EngineOf::new(member, limit)?;
+    let mut engine = EngineOf::new(member, beside, limit)?;
     let result = body(&mut engine);
     if result.is_err() {
         engine.abort();
@@ -124,7 +136,7 @@ pub fn spawn<B: Backend, T: Send>(
         let info = &devices[rank as usize % devices.len()];
         let run = || body(Member::join(info, &id, rank, size, limit)?);
         catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
-            Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default() })
+            Err(Error::PeerLost { rank, call: "its own code, which panicked", step: Step::default(), late: None })
         })
     };
     Ok(std::thread::scope(|scope| {
@@ -143,6 +155,7 @@ pub fn spawn<B: Backend, T: Send>(
                         rank: rank as u32,
                         call: "its own code, which panicked",
                         step: Step::default(),
+                        late: None,
                     })
                 }),
                 Err(e) => Err(Error::Unavailable {

@@ -200,7 +200,7 @@ mod tests {
         let problem = Problem::new(DType::F32, 2, [4, 2], 8).with_backward(true);
         let devices = longspan_cpu::Cpu::devices().expect("a CPU");
         let ranks = spawn::<longspan_cpu::Cpu, _>(&devices, 2, DEFAULT_LIMIT, |member| {
-            let mut engine = EngineOf::new(member, DEFAULT_LIMIT)?;
+            let mut engine = EngineOf::new(member, vec![], DEFAULT_LIMIT)?;
             engine.prepare(&problem, [&layout, &layout], &Mask::causal())?;
             engine.put_residents(packed, &Extra::default())?;
             for traced in [false, true] {

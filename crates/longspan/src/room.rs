@@ -1,45 +1,49 @@
-//! Whether a rank's memory suffices, before any of it is taken.
+//! Whether a rank's memory suffices, before it runs.
 
-use longspan_hal::{DType, Error, Memory, Result};
-use longspan_seqpar::{Layout, Plan, Problem};
+use longspan_hal::{DType, Error, Memory, Result, Strided};
+use longspan_seqpar::{Bytes, Layout, Plan, Problem};
 
-/// Checks that the tensors of `rank` fit the device, before they are planned: a plan of what can't be takes time and memory,
-/// too. `memory` is that of the engine's own handle of the device, all of whose memory it has just given up.
+/// Checks that the tensors of `ranks`, which share a device, together fit all of its `total` bytes, before they are planned: a plan
+/// of what can't be takes time and memory, too. What is free would depend on who was first.
 ///
 /// # Errors
 /// [`Error::OutOfMemory`].
-pub(crate) fn check_tensors(problem: &Problem, layouts: [&Layout; 2], rank: u32, memory: Memory) -> Result<()> {
+pub(crate) fn check_tensors(problem: &Problem, layouts: [&Layout; 2], ranks: &[u32], total: u64) -> Result<()> {
     // A rank that a layout does not have is refused with the plan.
-    let rows = |layout: &Layout| if rank < layout.mesh().size() { layout.rows(rank) } else { 0 };
-    check(tensor_bytes(problem, layouts.map(rows)), memory)
+    let rows = |layout: &Layout, rank| if rank < layout.mesh().size() { layout.rows(rank) } else { 0 };
+    let of_rank = |&rank: &u32| tensor_bytes(problem, layouts.map(|layout| rows(layout, rank))) as u64;
+    fits(ranks.iter().map(of_rank).fold(0, u64::saturating_add), total)
 }
 
-/// Checks that what `plan` needs fits the device, with the tensors of a forward (and backward).
+/// Checks that `bytes` and the tensors of a forward (and backward) of `plan` fit the device. `memory` is that of the engine's own
+/// handle of the device, all of whose memory it has given up since.
 ///
 /// # Errors
 /// [`Error::OutOfMemory`].
-pub(crate) fn check_plan(plan: &Plan, memory: Memory) -> Result<()> {
-    check(tensor_bytes(plan.problem(), plan.local_rows()).saturating_add(plan.bytes()?.total() as u64), memory)
+pub(crate) fn check(plan: &Plan, bytes: Bytes, memory: Memory) -> Result<()> {
+    let wanted = bytes.total().saturating_add(tensor_bytes(plan.problem(), plan.local_rows()));
+    fits(wanted as u64, memory.free.saturating_add(memory.used))
 }
 
-fn check(wanted: u64, memory: Memory) -> Result<()> {
-    let free = memory.free.saturating_add(memory.used);
+fn fits(wanted: u64, free: u64) -> Result<()> {
     if wanted > free { Err(Error::OutOfMemory { wanted, free }) } else { Ok(()) }
 }
 
 /// Bytes of q, k, v, out and lse of `[queries, keys]`, and of what a backward has beside them; the largest number for more than
 /// can be counted. Inputs that come with a call, such as sinks, are not counted.
-fn tensor_bytes(problem: &Problem, [queries, keys]: [usize; 2]) -> u64 {
+fn tensor_bytes(problem: &Problem, rows: [usize; 2]) -> usize {
     let &Problem { dtype, batch, heads, kv_heads, head_dim, head_dim_v, joint, .. } = problem;
-    let bytes = |dtype: DType, rows: usize, heads: usize, dim: usize| {
-        let factors = [batch, rows.saturating_add(joint), heads, dim, dtype.size()];
-        factors.into_iter().fold(1u64, |n, factor| n.saturating_mul(factor as u64))
-    };
-    let [q, out] = [head_dim, head_dim_v].map(|dim| bytes(dtype, queries, heads, dim));
-    let [k, v] = [head_dim, head_dim_v].map(|dim| bytes(dtype, keys, kv_heads, dim));
-    let gradients = if problem.backward { [q, k, v, out] } else { [0; 4] };
-    let lse = bytes(DType::F32, queries, heads, 1);
-    [q, k, v, out, lse].into_iter().chain(gradients).fold(0, u64::saturating_add)
+    let [queries, keys] = rows.map(|rows| rows.saturating_add(joint));
+    let of = |dtype, rows, heads, dim| Strided::dense(dtype, [batch, rows, heads, dim]).bytes();
+    let all = [
+        of(dtype, queries, heads, head_dim),
+        of(dtype, keys, kv_heads, head_dim),
+        of(dtype, keys, kv_heads, head_dim_v),
+        of(dtype, queries, heads, head_dim_v),
+    ];
+    let all = all.into_iter().fold(0, usize::saturating_add);
+    let times = if problem.backward { 2 } else { 1 };
+    all.saturating_mul(times).saturating_add(of(DType::F32, queries, heads, 1))
 }
 
 #[cfg(all(test, feature = "cpu"))]
@@ -48,6 +52,30 @@ mod tests {
 
     use super::*;
     use crate::{Engine, Extra, Tensor, on_ranks};
+
+    /// Each rank's three fifths of the memory would fit.
+    #[test]
+    fn what_does_not_fit_together_is_refused() {
+        let mesh = Mesh::new(1, 2, Placement::default()).expect("a mesh");
+        let (rows, dim) = (1 << 16, 64);
+        let layout = Layout::contiguous(2 * rows, &mesh);
+        let ranks = on_ranks("cpu", &mesh, |engine| {
+            let total = engine.caps().memory_bytes;
+            let heads = total as usize / 5 * 3 / (rows * (4 * dim + 1) * 4);
+            let problem = Problem::new(DType::F32, 1, [heads, heads], dim);
+            Ok((total, engine.prepare(&problem, [&layout, &layout], &Mask::causal()).map(drop)))
+        });
+        for (total, refused) in ranks.expect("it runs") {
+            let told = matches!(refused, Err(Error::OutOfMemory { wanted, free }) if wanted > total && free == total);
+            assert!(told, "{refused:?} of {total}");
+        }
+    }
+
+    #[test]
+    fn sizes_beyond_all_memory_do_not_wrap() {
+        let problem = Problem::new(DType::F32, 1, [4_000_000_000; 2], 4_000_000_000);
+        assert_eq!(tensor_bytes(&problem, [4_000_000_000; 2]), usize::MAX);
+    }
 
     #[test]
     fn the_tensors_of_a_run_are_predicted() {
@@ -66,9 +94,9 @@ mod tests {
                 engine.forward([&q, &k, &v], &extra)?;
                 if backward {
                     let joint_dout = (joint > 0).then(|| one(joint, 4, 16));
-                    engine.backward_joint(&one(rows, 4, 16), None, joint_dout.as_ref())?;
+                    engine.backward_joint(&one(rows, 4, 16), None, joint_dout.as_ref().map(|dout| (dout, None)))?;
                 }
-                assert_eq!(engine.report()?.tensor_bytes, tensor_bytes(&problem, [rows; 2]));
+                assert_eq!(engine.report()?.tensor_bytes, tensor_bytes(&problem, [rows; 2]) as u64);
                 Ok(())
             };
             on_ranks("cpu", &mesh, body).expect("it runs");

@@ -4,12 +4,13 @@
 //! JOIN word, rank, size, who  -> JOINED to all when the last came; CAME n to who asks with WAITING
 //! AGREE call, name, offer     -> VERDICT call, all offers, when the last came; another name there -> BROKEN to all
 //! GATHER call, name, offer    -> the same, with the offers for rank 0 alone
-//! STEP, BEGAN                 noted
-//! ABORT, STUCK call or round  -> LOST rank, step to all: who gave up, or the rank that is furthest behind
+//! STEP                        noted
+//! ABORT                       -> LOST rank, step to all: who gave up
+//! STUCK call or round, limit  -> LOST rank, step, limit to all: the rank that is furthest behind
 //! BROKEN what, why            -> the same to all: a rank saw that another does something else
-//! BYE rounds                  the rank left: whoever needs it from now on makes the group LOST
+//! BYE rounds, began           the rank left: whoever needs it from now on makes the group LOST
 //! connection ends without BYE the rank died: LOST to all
-//! ROUND rounds                the answer to TELL: how many exchanges it queued, and again at every one from then on
+//! ROUND rounds, began         the answer to TELL: how many exchanges it queued, and its device came to; again whenever it changes
 //! ```
 //!
 //! Ranks queue exchanges without a word: a frame for each would cost more than a small exchange does. The board asks (TELL)
@@ -41,7 +42,6 @@ pub(crate) mod kind {
     pub const WAITING: u8 = 8;
     pub const GATHER: u8 = 9;
     pub const BYE: u8 = 10;
-    pub const BEGAN: u8 = 11;
     pub const JOINED: u8 = 20;
     pub const VERDICT: u8 = 21;
     pub const LOST: u8 = 22;
@@ -90,9 +90,20 @@ struct Server {
     over: bool,
     /// Whether ranks tell of their rounds.
     told: bool,
-    /// Who is stuck, in which round, and who is waited for if all have queued it.
-    stuck: Option<(u64, u64, u64)>,
+    stuck: Option<Stuck>,
     tell: Option<Tell>,
+}
+
+/// A round that does not end.
+#[derive(Clone, Copy, Debug)]
+struct Stuck {
+    /// Who says so.
+    rank: u64,
+    round: u64,
+    /// Who is waited for if all have queued it.
+    suspect: u64,
+    /// What passed.
+    limit: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -257,32 +268,28 @@ impl Server {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
             }
-            kind::BYE => self.count(rank, fields.number()?),
+            kind::BYE => self.count(rank, fields)?,
             kind::ROUND => {
-                self.count(rank, fields.number()?);
+                self.count(rank, fields)?;
                 self.need_rounds();
                 self.judge(false);
-            }
-            kind::BEGAN => {
-                let round = fields.number()?;
-                self.ranks.entry(rank).and_modify(|r| r.began = round);
             }
             kind::ABORT => {
                 let step = fields.step()?;
                 self.ranks.entry(rank).and_modify(|r| r.step = step);
-                self.lose(rank);
+                self.lose(rank, None);
             }
             kind::STUCK_CALL => {
-                let call = fields.number()?;
+                let (call, limit) = (fields.number()?, fields.limit()?);
                 let missing = |r: &u64| self.calls.get(&call).is_some_and(|c| !c.offers.contains_key(r));
                 if let Some(rank) = (0..self.size).find(missing) {
-                    self.lose(rank);
+                    self.lose(rank, limit);
                 }
             }
             kind::STUCK_ROUND => {
-                let (queued, round, suspect) = (fields.number()?, fields.number()?, fields.number()?);
-                self.count(rank, queued);
-                self.stuck.get_or_insert((rank, round, suspect));
+                self.count(rank, fields)?;
+                let (round, suspect) = (fields.number()?, fields.number()?);
+                self.stuck.get_or_insert(Stuck { rank, round, suspect, limit: fields.limit()? });
                 self.ask();
                 self.judge(false);
             }
@@ -337,13 +344,18 @@ impl Server {
         let gone = |r: &u64| self.ranks.get(r).is_some_and(|r| r.gone);
         let missing = |c: &Call| (0..self.size).find(|r| gone(r) && !c.offers.contains_key(r));
         if let Some(rank) = self.calls.values().find_map(missing) {
-            self.lose(rank);
+            self.lose(rank, None);
         }
     }
 
     /// Frames of a rank may overtake each other.
-    fn count(&mut self, rank: u64, rounds: u64) {
-        self.ranks.entry(rank).and_modify(|r| r.rounds = r.rounds.max(Some(rounds)));
+    fn count(&mut self, rank: u64, fields: &mut Reader<'_>) -> Result<()> {
+        let (rounds, began) = (fields.number()?, fields.number()?);
+        self.ranks.entry(rank).and_modify(|r| {
+            r.rounds = r.rounds.max(Some(rounds));
+            r.began = r.began.max(began);
+        });
+        Ok(())
     }
 
     /// Has all ranks tell of their rounds.
@@ -355,9 +367,9 @@ impl Server {
 
     /// Who is lost of those that are in the way of a round. Not before all answered, but for the `last` time.
     fn judge(&mut self, last: bool) {
-        let Some((rank, round, suspect)) = self.stuck else { return };
+        let Some(Stuck { rank, round, suspect, limit }) = self.stuck else { return };
         if last || self.ranks.values().all(|r| r.gone || r.rounds.is_some()) {
-            self.lose(self.behind(rank, round).unwrap_or(suspect));
+            self.lose(self.behind(rank, round).unwrap_or(suspect), limit);
         }
     }
 
@@ -374,7 +386,7 @@ impl Server {
         let most = self.ranks.values().map(|r| r.rounds).max().flatten();
         let behind = |r: &u64| self.ranks.get(r).is_some_and(|r| r.gone && r.rounds < most);
         if let Some(rank) = (0..self.size).find(behind) {
-            self.lose(rank);
+            self.lose(rank, None);
         }
     }
 
@@ -382,7 +394,7 @@ impl Server {
         if self.ranks.len() as u64 == self.size {
             self.ranks.entry(rank).and_modify(|r| r.gone = true);
             if !bye {
-                self.lose(rank);
+                self.lose(rank, None);
             }
             self.need_calls();
             self.need_rounds();
@@ -396,14 +408,15 @@ impl Server {
         }
     }
 
-    fn lose(&mut self, rank: u64) {
+    /// Ends the group: `rank` is gone, or did not come within the limit that is given.
+    fn lose(&mut self, rank: u64, late: Option<Duration>) {
         if !std::mem::replace(&mut self.over, true) {
             let of = self.ranks.get(&rank);
             let (step, who) = of.map_or_else(Default::default, |r| (r.step, r.who.clone()));
             if let Some(tell) = &self.tell {
                 tell(Lost { rank: rank as u32, who, step });
             }
-            self.tell_all(kind::LOST, &Fields::default().number(rank).step(step));
+            self.tell_all(kind::LOST, &Fields::default().number(rank).step(step).limit(late));
         }
     }
 

@@ -44,23 +44,36 @@ struct State {
     came: Option<u64>,
     verdicts: HashMap<u64, Vec<Vec<u8>>>,
     fault: Option<Fault>,
-    /// Exchanges that this rank queued, and whether the board hears of each.
-    rounds: u64,
+    rounds: Rounds,
+    /// Whether the board hears of each.
     told: bool,
+}
+
+/// Exchanges that this rank queued, and those that its device came to.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+struct Rounds {
+    queued: u64,
+    began: u64,
+}
+
+impl Rounds {
+    fn fields(self) -> Fields {
+        Fields::default().number(self.queued).number(self.began)
+    }
 }
 
 /// Why a group is over.
 #[derive(Clone, Debug)]
 enum Fault {
     Broken(Error),
-    Lost(u32, Step),
+    Lost(u32, Step, Option<Duration>),
 }
 
 impl Fault {
     fn error(&self, call: &'static str) -> Error {
         match self {
             Self::Broken(error) => error.clone(),
-            Self::Lost(rank, step) => Error::PeerLost { rank: *rank, call, step: *step },
+            &Self::Lost(rank, step, late) => Error::PeerLost { rank, call, step, late },
         }
     }
 }
@@ -136,7 +149,7 @@ impl Member {
         if let Some(result) = verdict(self.limit) {
             return result;
         }
-        self.shared.send(kind::STUCK_CALL, &Fields::default().number(call));
+        self.shared.send(kind::STUCK_CALL, &Fields::default().number(call).limit(Some(self.limit)));
         verdict(GRACE).unwrap_or(Err(Error::Timeout { call: name, limit: self.limit }))
     }
 
@@ -161,26 +174,31 @@ impl Member {
 
     /// Notes that this rank queued round `round` (from 1).
     pub fn queued(&self, round: u64) {
-        let told = {
-            let mut state = lock(&self.shared.state);
-            state.rounds = state.rounds.max(round);
-            state.told
-        };
-        if told {
-            self.shared.send(kind::ROUND, &Fields::default().number(round));
-        }
+        self.note(|rounds| rounds.queued = rounds.queued.max(round));
     }
 
-    /// Reports that this rank's device came to round `round`, if the backend can see that.
+    /// Notes that this rank's device came to round `round`, if the backend can see that.
     pub fn began(&self, round: u64) {
-        self.shared.send(kind::BEGAN, &Fields::default().number(round));
+        self.note(|rounds| rounds.began = rounds.began.max(round));
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Rounds)) {
+        let said = {
+            let mut state = lock(&self.shared.state);
+            let before = state.rounds;
+            change(&mut state.rounds);
+            Some(state.rounds).filter(|rounds| state.told && *rounds != before)
+        };
+        if let Some(rounds) = said {
+            self.shared.send(kind::ROUND, &rounds.fields());
+        }
     }
 
     /// Says that round `round` does not end, and which rank this one waits for if all have queued it; round 0 if rounds are
     /// not reported. The answer is a fault, which ends the group.
     pub fn stuck(&self, round: u64, suspect: u32) {
-        let queued = lock(&self.shared.state).rounds;
-        let fields = Fields::default().number(queued).number(round).number(u64::from(suspect));
+        let rounds = lock(&self.shared.state).rounds;
+        let fields = rounds.fields().number(round).number(u64::from(suspect)).limit(Some(self.limit));
         self.shared.send(kind::STUCK_ROUND, &fields);
     }
 
@@ -195,7 +213,7 @@ impl Member {
     /// Leaves the group in order, before this is dropped.
     pub fn leave(&self) {
         let rounds = lock(&self.shared.state).rounds;
-        self.shared.send(kind::BYE, &Fields::default().number(rounds));
+        self.shared.send(kind::BYE, &rounds.fields());
         // The board reads what was sent before the end.
         let _ = lock(&self.shared.socket).shutdown(Shutdown::Write);
     }
@@ -209,7 +227,7 @@ impl Member {
     /// Gives the group up.
     pub fn abort(&self) {
         let step = *lock(&self.step);
-        self.shared.fail(Fault::Lost(self.rank, step));
+        self.shared.fail(Fault::Lost(self.rank, step, None));
         self.shared.send(kind::ABORT, &Fields::default().step(step));
     }
 
@@ -237,7 +255,7 @@ impl Shared {
             }
         }
         // The board is gone: the process that made the group's id (by custom rank 0's) died.
-        self.fail(Fault::Lost(0, Step::default()));
+        self.fail(Fault::Lost(0, Step::default(), None));
     }
 
     fn send(&self, kind: u8, fields: &Fields) {
@@ -259,7 +277,7 @@ impl Shared {
             kind::JOINED => lock(&self.state).joined = true,
             kind::LOST => {
                 let rank = fields.number()? as u32;
-                self.fail(Fault::Lost(rank, fields.step()?));
+                self.fail(Fault::Lost(rank, fields.step()?, fields.limit()?));
             }
             kind::TELL => {
                 let rounds = {
@@ -267,7 +285,7 @@ impl Shared {
                     state.told = true;
                     state.rounds
                 };
-                self.send(kind::ROUND, &Fields::default().number(rounds));
+                self.send(kind::ROUND, &rounds.fields());
             }
             kind::VERDICT => {
                 let (call, mut offers) = (fields.number()?, Vec::new());
@@ -290,13 +308,14 @@ impl Shared {
 
     /// Waits until `ready` gives something; `None` after `limit`.
     fn until_or<T>(&self, limit: Duration, mut ready: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
-        let until = Instant::now() + limit;
+        // A limit further away than the clock can say is none.
+        let until = Instant::now().checked_add(limit);
         let mut state = lock(&self.state);
         loop {
             if let Some(value) = ready(&mut state) {
                 return Some(value);
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return None;
             }

@@ -12,6 +12,8 @@ const ADDRESS: &str = "LONGSPAN_ADDRESS";
 
 /// How long one of several addresses is tried before the next.
 const TRY: Duration = Duration::from_secs(2);
+/// How long until all addresses are tried again.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Who has to reach a board.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -73,20 +75,21 @@ impl Place {
 
     /// Connects to the first address that answers, within `limit`; a board that does not listen yet is tried again.
     pub(crate) fn connect(&self, limit: Duration) -> Result<TcpStream> {
-        let until = Instant::now() + limit;
+        // A limit further away than the clock can say is none.
+        let until = Instant::now().checked_add(limit);
+        let left = || until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
         loop {
             let mut last = Error::other("no address is known");
             for address in &self.addresses {
-                let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-                match TcpStream::connect_timeout(address, left.min(TRY)) {
+                match TcpStream::connect_timeout(address, left().clamp(Duration::from_millis(1), TRY)) {
                     Ok(socket) => return Ok(socket),
                     Err(error) => last = Error::new(error.kind(), format!("{address}: {error}")),
                 }
             }
-            if Instant::now() + Duration::from_millis(100) >= until {
+            if left() <= PAUSE {
                 return Err(last);
             }
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(PAUSE);
         }
     }
 

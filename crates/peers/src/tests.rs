@@ -68,7 +68,7 @@ fn who_leaves_or_gives_up_or_dies_is_named_with_its_step() {
             }
             Some(me.agree("prepare", &Fields::default()).expect_err("one is missing"))
         });
-        let lost = Error::PeerLost { rank: 1, call: "prepare", step: STEP };
+        let lost = Error::PeerLost { rank: 1, call: "prepare", step: STEP, late: None };
         assert_eq!(errors, [Some(lost.clone()), None, Some(lost)]);
     }
 }
@@ -84,7 +84,7 @@ fn a_connection_that_ends_without_a_word_is_a_death() {
         }
         Some(me.wait_for_fault("exchange"))
     });
-    assert_eq!(faults[0], Some(Error::PeerLost { rank: 1, call: "exchange", step: STEP }));
+    assert_eq!(faults[0], Some(Error::PeerLost { rank: 1, call: "exchange", step: STEP, late: None }));
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn who_stays_away_is_named_after_the_limit() {
         me.agree("prepare", &Fields::default()).err()
     });
     for error in errors {
-        assert!(matches!(error, Some(Error::PeerLost { rank: 2, .. })), "{error:?}");
+        assert!(matches!(error, Some(Error::PeerLost { rank: 2, late, .. }) if late == Some(limit)), "{error:?}");
     }
 }
 
@@ -130,6 +130,32 @@ fn a_round_that_all_queued_names_whose_device_is_furthest_behind() {
     assert!(errors.iter().all(|e| matches!(e, Error::PeerLost { rank: 2, .. })), "{errors:?}");
 }
 
+/// Who left was through with all its rounds, and is in nobody's way.
+#[test]
+fn who_left_after_its_rounds_is_not_the_one_behind() {
+    let errors = on_ranks(3, LIMIT, |me| {
+        me.queued(2);
+        me.began(if me.rank == 1 { 1 } else { 2 });
+        me.agree("queued", &Fields::default()).expect("all come");
+        if me.rank == 0 {
+            return None;
+        }
+        if me.rank == 2 {
+            thread::sleep(Duration::from_millis(50));
+            me.stuck(2, 2);
+        }
+        Some(me.wait_for_fault("exchange"))
+    });
+    let lost = Some(Error::PeerLost { rank: 1, call: "exchange", step: Step::default(), late: Some(LIMIT) });
+    assert_eq!(errors, [None, lost.clone(), lost]);
+}
+
+#[test]
+fn a_limit_may_be_further_away_than_the_clock_can_say() {
+    let met = on_ranks(2, Duration::MAX, |me| me.agree("prepare", &Fields::default()).is_ok());
+    assert_eq!(met, [true, true]);
+}
+
 #[test]
 fn a_rank_that_left_is_lost_to_those_who_queue_more_than_it_did() {
     // Before the board hears that it left, and after.
@@ -146,7 +172,7 @@ fn a_rank_that_left_is_lost_to_those_who_queue_more_than_it_did() {
             }
             Some(me.wait_for_fault("exchange"))
         });
-        let lost = Some(Error::PeerLost { rank: 1, call: "exchange", step: Step::default() });
+        let lost = Some(Error::PeerLost { rank: 1, call: "exchange", step: Step::default(), late: None });
         assert_eq!(errors, [lost.clone(), None, lost]);
     }
 }

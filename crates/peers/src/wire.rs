@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Error, Read, Result, Write};
 use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
 
 use longspan_hal::Step;
 
@@ -30,6 +31,12 @@ impl Fields {
         let mut this = self.number(x.len() as u64);
         this.0.extend(x);
         this
+    }
+
+    /// Adds a limit, or that there is none.
+    pub(crate) fn limit(self, limit: Option<Duration>) -> Self {
+        let nanos = |limit: Duration| u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX).max(1);
+        self.number(limit.map_or(0, nanos))
     }
 
     /// Adds a step.
@@ -73,6 +80,15 @@ impl<'a> Reader<'a> {
     /// If there are too few bytes.
     pub fn text(&mut self) -> Result<String> {
         Ok(String::from_utf8_lossy(self.bytes()?).into_owned())
+    }
+
+    /// The next limit.
+    ///
+    /// # Errors
+    /// If there are too few bytes.
+    pub(crate) fn limit(&mut self) -> Result<Option<Duration>> {
+        let nanos = self.number()?;
+        Ok((nanos > 0).then(|| Duration::from_nanos(nanos)))
     }
 
     /// The next step.

@@ -21,6 +21,7 @@ pub mod picture;
 pub mod route;
 pub mod trace;
 
+mod args;
 mod kernels;
 mod member;
 mod message;

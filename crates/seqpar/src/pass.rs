@@ -215,7 +215,7 @@ mod tests {
                     .with_head_dim_v(4)
                     .with_sinks(true)
                     .with_joint(joint)
-                    .with_head_groups(head_groups)
+                    .with_head_groups(head_groups.min(kv * group))
                     .with_backward(true);
                 (0..mesh.size()).map(|rank| Plan::new(&problem, &layout, &layout, &mask, rank).expect("fits")).collect()
             },

@@ -165,6 +165,10 @@ impl Problem {
         if self.head_groups == Some(0) {
             return Err(Error::invalid("head_groups", "it must be at least 1"));
         }
+        if let Some(groups) = self.head_groups.filter(|groups| *groups > self.heads) {
+            let why = format!("{groups} groups of {} heads: at most as many groups as query heads", self.heads);
+            return Err(Error::invalid("head_groups", why));
+        }
         self.spec([0, 0]).check()
     }
 }

@@ -182,8 +182,10 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         if let Some((_, gradients)) = self.gradients() {
             self.second_half(&call, gradients, g, [k, v])?;
         }
-        if let Some(sum) = accumulator {
-            run.sum((g + 1) * steps - 1, || run.accumulate(run.compute, results[0], &[sum.read()]))?;
+        if let Some(sums) = accumulator {
+            run.sum((g + 1) * steps - 1, || {
+                run.finish_dq(&run.plan.spec(g, [run.plan.q_block(), run.plan.k_block()]), results[0], sums.read())
+            })?;
         }
         if let Some((_, gradients)) = self.gradients() {
             run.wait(run.compute, returned.as_ref())?;

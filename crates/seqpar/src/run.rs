@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use longspan_hal::{Accumulate, Attention, Backend, Collective, Device, Error, Result, Step, View, ViewMut};
+use longspan_hal::{Accumulate, Attention, Backend, Collective, Device, Error, Result, Spec, Step, View, ViewMut};
 
 use crate::message::Prepared;
 use crate::trace::{Trace, Work};
@@ -122,6 +122,14 @@ impl<'a, B: Backend> Run<'a, B> {
             return Ok(());
         }
         self.member.attention.accumulate(on, &Accumulate::new(into, terms)?)
+    }
+
+    /// `into` = dq of its sums on the compute stream; nothing for empty tensors.
+    pub fn finish_dq(&self, spec: &Spec, into: ViewMut<'_, B::Device>, sums: View<'_, B::Device>) -> Result<()> {
+        if into.at().is_empty() {
+            return Ok(());
+        }
+        self.member.attention.finish_dq(self.compute, spec, into, sums)
     }
 
     /// A copy on `on`; nothing for empty tensors.

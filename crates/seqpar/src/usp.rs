@@ -185,6 +185,7 @@ impl<B: Backend> Usp<B> {
             expect("joint out", out.dtype(), out.extent(), problem.dtype, wide(problem, j, problem.head_dim_v))?;
             expect("joint lse", lse.dtype(), lse.extent(), DType::F32, wide(problem, j, 1))?;
         }
+        inputs.check_forward(outputs)?;
         let run = self.run(member, on, false, trace);
         run.forked(|| self.queue_forward(&run, inputs, outputs))
     }
@@ -256,6 +257,7 @@ impl<B: Backend> Usp<B> {
         if let Some(joint) = joint {
             self.check_rows(self.plan.problem.joint, joint)?;
         }
+        inputs.check_backward(rows, joint, gradients)?;
         let run = self.run(member, on, true, trace);
         run.forked(|| self.queue_backward(&run, pass, inputs, rows, joint, gradients))
     }
@@ -422,6 +424,7 @@ impl<B: Backend> Usp<B> {
         expect_input(p, "q", &inputs.q, [p.batch, q_rows, p.heads, p.head_dim])?;
         expect_input(p, "k", &inputs.k, [p.batch, k_rows, p.kv_heads, p.head_dim])?;
         expect_input(p, "v", &inputs.v, [p.batch, k_rows, p.kv_heads, p.head_dim_v])?;
+        inputs.extras.check(&p.spec([q_rows, k_rows]))?;
         check_joint(p, "joint inputs", inputs.joint.is_some())?;
         if let Some([q, k, v]) = &inputs.joint {
             expect_input(p, "joint q", q, [p.batch, p.joint, p.heads, p.head_dim])?;

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use longspan_hal::{DType, Device, Extent, Result, Strided, View, ViewMut};
+use longspan_hal::{DType, Device, Error, Extent, Result, Strided, View, ViewMut};
 
 /// Alignment of regions in bytes, that of a device allocation.
 const ALIGN: usize = 256;
@@ -28,7 +28,7 @@ pub struct Bytes {
 impl Bytes {
     /// All of it.
     pub const fn total(&self) -> usize {
-        self.window + self.buffer + self.staging + self.held
+        self.window.saturating_add(self.buffer).saturating_add(self.staging).saturating_add(self.held)
     }
 
     /// Bytes of the window and the buffer where forward and backward share them.
@@ -95,7 +95,8 @@ impl Arena {
             Place::Window => &mut self.bytes.window,
         };
         let at = lying(dtype, extent).shifted(*next / dtype.size())?;
-        *next += at.bytes().next_multiple_of(ALIGN);
+        let end = at.byte_range().end.checked_next_multiple_of(ALIGN);
+        *next = end.ok_or_else(|| Error::invalid("problem", "its memory overflows the address space"))?;
         Ok(Region { place, at })
     }
 

@@ -7,10 +7,12 @@
 
 #![allow(dead_code)] // not every test uses all of it
 
+mod lent;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use longspan_conformance::{CaseReport, Options, Outcome, Report, Tier, expectations, run};
+use longspan_conformance::{CaseReport, Options, Outcome, Report, Tier, expectations, run_cases, table};
 use longspan_hal::Backend;
 
 /// Runs the suite against `B`.
@@ -39,7 +41,9 @@ pub fn main<B: Backend>() -> ExitCode {
             eprintln!("{done}/{all} {} {:?} {:.0} ms: {}", case.name, case.outcome, case.millis, case.message);
         }
     };
-    let report = match run::<B>(&options, &mut seen) {
+    let mut cases = table::<B>(B::NAME, options.seed, false);
+    cases.extend(lent::cases());
+    let report = match run_cases(&options, cases, &mut seen) {
         Ok(report) => report,
         Err(error) => {
             eprintln!("{error}");

@@ -32,12 +32,18 @@ fn run(rank: &Rank, exchange: &CpuExchange) -> Result<()> {
     rank.device.synchronize(&rank.stream, LONG)
 }
 
-/// Every rank but `lost` saw the loss of `lost` at [`STEP`], soon.
-fn assert_lost(results: &[Option<(Result<()>, Duration)>], lost: u32, limit: Duration, what: &str) {
+/// Every rank but `lost` saw the loss of `lost` at [`STEP`], soon; `wanted` is the limit that passed, if it lives.
+fn assert_lost(
+    results: &[Option<(Result<()>, Duration)>],
+    lost: u32,
+    limit: Duration,
+    wanted: Option<Duration>,
+    what: &str,
+) {
     for (rank, result) in (0u32..).zip(results).filter(|(rank, _)| *rank != lost) {
         match result {
-            Some((Err(Error::PeerLost { rank: named, step, .. }), took)) => {
-                assert_eq!((*named, *step), (lost, STEP), "{what}");
+            Some((Err(Error::PeerLost { rank: named, step, late, .. }), took)) => {
+                assert_eq!((*named, *step, *late), (lost, STEP, wanted), "{what}");
                 assert!(*took < limit, "{what}: rank {rank} waited {took:?}");
             }
             other => panic!("{what}: rank {rank} got {other:?}"),
@@ -65,11 +71,11 @@ fn lose(options: Options, limit: Duration, fate: impl Fn(Rank) + Sync) -> Vec<Op
 #[test]
 fn a_rank_that_goes_is_named_with_its_step() {
     for options in ALL {
-        assert_lost(&lose(options, LONG, drop), 2, SOON, "dropped");
-        assert_lost(&lose(options, LONG, |rank| rank.group.abort()), 2, SOON, "aborted");
+        assert_lost(&lose(options, LONG, drop), 2, SOON, None, "dropped");
+        assert_lost(&lose(options, LONG, |rank| rank.group.abort()), 2, SOON, None, "aborted");
         let panicked = lose(options, LONG, |_rank| panic!("a planned panic"));
         assert!(panicked[2].is_none());
-        assert_lost(&panicked, 2, SOON, "panicked");
+        assert_lost(&panicked, 2, SOON, None, "panicked");
     }
 }
 
@@ -82,7 +88,7 @@ fn a_rank_whose_stream_failed_is_lost() {
         // It stays a member meanwhile.
         std::thread::sleep(Duration::from_secs(3));
     });
-    assert_lost(&results, 2, Duration::from_millis(2500), "failed stream");
+    assert_lost(&results, 2, Duration::from_millis(2500), None, "failed stream");
 }
 
 #[test]
@@ -90,7 +96,7 @@ fn a_stuck_rank_is_named_within_the_limit() {
     let limit = Duration::from_millis(500);
     for options in [PLAIN, ALL[3]] {
         let results = lose(options, limit, |_rank| std::thread::sleep(Duration::from_secs(2)));
-        assert_lost(&results, 2, Duration::from_millis(1900), "stuck");
+        assert_lost(&results, 2, Duration::from_millis(1900), Some(limit), "stuck");
     }
 }
 
@@ -111,7 +117,7 @@ fn waits_of_common_calls_end_too() {
             };
             (result, begun.elapsed())
         });
-        assert_lost(&results, 1, SOON, "common call");
+        assert_lost(&results, 1, SOON, None, "common call");
     }
 }
 
@@ -245,7 +251,7 @@ fn exchanges_belong_to_their_group_and_a_lost_group_refuses_at_once() {
         assert!(matches!(refused, Err(Error::Invalid { .. })), "{refused:?}");
         rank.group.progress(STEP);
         rank.group.abort();
-        let lost = |call| Error::PeerLost { rank: 0, call, step: STEP };
+        let lost = |call| Error::PeerLost { rank: 0, call, step: STEP, late: None };
         assert_eq!(rank.group.exchange(&rank.stream, &exchange, &[]), Err(lost("exchange")));
         assert_eq!(rank.group.barrier(&rank.stream), Err(lost("barrier")));
         assert_eq!(rank.group.window(4).map(|_| ()), Err(lost("window")));

@@ -8,13 +8,15 @@
 //! Exit status 0: all passed or were refused as expected.
 
 mod foreign;
+#[path = "../../../gpu/tests/lent/mod.rs"]
+mod lent;
 
 use std::error::Error;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use longspan_conformance::{Options, Outcome, cases, expectations, run_cases};
-use longspan_cuda::Cuda;
+use longspan_cuda::{Cuda, Nvidia};
 use longspan_hal::Backend;
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
@@ -35,6 +37,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     };
     let mut table = cases::table::<Cuda>(Cuda::NAME, options.seed, false);
     table.extend(foreign::cases());
+    table.extend(lent::cases::<Nvidia>());
     let mine = table.into_iter().enumerate().filter(|(i, _)| i % parts == part).map(|(_, case)| case).collect();
     let report = run_cases::<Cuda>(&options, mine, &mut |case, _, _| {
         if case.outcome == Outcome::Fail {

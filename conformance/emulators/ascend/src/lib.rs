@@ -29,6 +29,7 @@ mod attention;
 mod code;
 mod elementwise;
 mod hccl;
+#[allow(dead_code)] // shared: not all of it is used here
 #[path = "../../shared/link.rs"]
 mod link;
 mod matmul;

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
 
 use crate::memory;
 use crate::runtime::{put, stream};
@@ -358,6 +359,25 @@ pub unsafe extern "C" fn hipModuleGetFunction(
     unsafe { put(function, FUNCTIONS.add(made)) }
 }
 
+/// What becomes of a launch.
+#[derive(Clone, Copy)]
+enum Fault {
+    Fail,
+    Hang,
+}
+
+/// What `LONGSPAN_EMULATOR_FAULT` plants into this launch, if it is the one.
+fn planted() -> Option<Fault> {
+    static PLAN: LazyLock<Option<(Fault, u64)>> = LazyLock::new(|| {
+        let text = std::env::var("LONGSPAN_EMULATOR_FAULT").ok()?;
+        let (kind, number) = text.split_once(':')?;
+        Some((if kind == "hang" { Fault::Hang } else { Fault::Fail }, number.parse().ok()?))
+    });
+    static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+    let (fault, number) = (*PLAN)?;
+    (LAUNCHES.fetch_add(1, Ordering::Relaxed) + 1 == number).then_some(fault)
+}
+
 /// `hip_runtime_api.h`.
 ///
 /// # Safety
@@ -403,7 +423,17 @@ pub unsafe extern "C" fn hipModuleLaunchKernel(
         copy
     };
     count("launch kernel", 1);
-    stream.push(move |_| {
+    let fault = planted();
+    stream.push(move |running| {
+        match fault {
+            Some(Fault::Fail) => return Err(code::LAUNCH),
+            Some(Fault::Hang) => {
+                while !running.aborted() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            None => {}
+        }
         let _open = memory::open();
         // SAFETY: the kernel takes this parameter; what its addresses name is the client's to keep alive.
         let fault =

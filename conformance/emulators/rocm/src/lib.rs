@@ -13,7 +13,7 @@
 //! | strict handles | handles are numbers, never reused; ending one twice or using it after is refused |
 //! | the current device is thread-local | a stream of another device is refused |
 //! | allocations and frees of a pool take their turn | memory is poisoned when the stream gets there |
-//! | rendezvous | a send ends when its receive ran; nobody is told of a lost peer |
+//! | rendezvous | a send ends when its receive ran; the first group with a peer waits for that on the host; nobody is told of a lost peer |
 //! | memory of another process | opening one's own is refused; so is closing twice, freeing what another has open, using what was freed |
 //! | values that streams wait for | only in registered memory, at the device's address of it; a wait never gives up |
 //!
@@ -27,7 +27,8 @@
 //! address space a process), `LONGSPAN_EMULATOR_DELAY_US` (100), `LONGSPAN_EMULATOR_SEED` (1), `LONGSPAN_EMULATOR_TIMEOUT_MS`
 //! of communication (30000), `LONGSPAN_EMULATOR_PEERS` (1; 0: no device reaches another's memory), `LONGSPAN_EMULATOR_FIRST_BUS`
 //! (16; where device 0 is plugged in: a process that sees other devices than the rest has another), `LONGSPAN_EMULATOR_IPC` (1; 0:
-//! no memory of another process can be opened, as in some containers).
+//! no memory of another process can be opened, as in some containers), `LONGSPAN_EMULATOR_FAULT` (`fail:N`, `hang:N`: what becomes of
+//! the N-th kernel of the process).
 
 #![allow(non_snake_case)] // the vendor's names
 

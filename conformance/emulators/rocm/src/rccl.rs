@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::between::bus;
-use crate::link::{DATA, Peer, connect};
+use crate::link::{CONNECT, DATA, Peer, connect};
 use crate::memory::{Span, span};
 use crate::runtime::{device, stream};
-use crate::state::{CONFIG, Handles, code, count, lock, misuse, random};
+use crate::state::{CONFIG, Handles, code, count, fail, lock, misuse, random};
 use crate::stream::{Running, Stream};
 
 /// RCCL's own codes.
@@ -30,6 +30,8 @@ struct Comm {
     device: u32,
     /// `None` at the rank's own place.
     peers: Vec<Option<Arc<Peer>>>,
+    /// Those that a group was queued with.
+    met: Mutex<Vec<bool>>,
     /// One group of a communicator at a time.
     turn: Mutex<()>,
     failed: AtomicI32,
@@ -41,6 +43,7 @@ struct Message {
     send: bool,
     span: Option<Span>,
     count: usize,
+    to: usize,
     peer: Arc<Peer>,
 }
 
@@ -98,7 +101,8 @@ pub unsafe extern "C" fn ncclCommInitRank(comm: *mut *mut c_void, size: i32, id:
     match connect(&name, rank as u32, size as u32, bus(device())) {
         Ok(peers) => {
             let (turn, failed, aborted) = (Mutex::default(), AtomicI32::new(0), AtomicBool::new(false));
-            let made = COMMS.add(Arc::new(Comm { device: device(), peers, turn, failed, aborted }));
+            let met = Mutex::new(vec![false; peers.len()]);
+            let made = COMMS.add(Arc::new(Comm { device: device(), peers, met, turn, failed, aborted }));
             // SAFETY: by the caller.
             unsafe { comm.write(made) };
             result::OK
@@ -117,6 +121,18 @@ pub extern "C" fn ncclCommAbort(comm: *mut c_void) -> i32 {
             result::OK
         }
         None => misuse(result::ARGUMENT, "a communicator was ended that does not live"),
+    }
+}
+
+/// `rccl.h`. What was queued must have run.
+#[unsafe(no_mangle)]
+pub extern "C" fn ncclCommDestroy(comm: *mut c_void) -> i32 {
+    match COMMS.remove(comm) {
+        Some(comm) if Arc::strong_count(&*comm) > 1 => {
+            misuse(result::ARGUMENT, "a communicator was destroyed before its work ran")
+        }
+        Some(_) => result::OK,
+        None => misuse(result::ARGUMENT, "a communicator was destroyed that does not live"),
     }
 }
 
@@ -141,7 +157,7 @@ pub extern "C" fn ncclGroupStart() -> i32 {
     })
 }
 
-/// `rccl.h`. All messages of one communicator and stream travel as one.
+/// `rccl.h`. All messages of one communicator and stream travel as one. The first with a peer waits until that comes to the same.
 #[unsafe(no_mangle)]
 pub extern "C" fn ncclGroupEnd() -> i32 {
     let Some(mut queued) = GROUP.with(RefCell::take) else {
@@ -153,6 +169,9 @@ pub extern "C" fn ncclGroupEnd() -> i32 {
         return misuse(result::ARGUMENT, "a group over several communicators or streams is not emulated");
     }
     let messages: Vec<Message> = queued.drain(..).map(|q| q.message).collect();
+    if !comm.meet(&messages) {
+        return fail(result::REMOTE, "the communicator was ended, or a peer did not come");
+    }
     count("launch exchange", 1);
     stream.push(move |running| comm.work(&messages, running));
     result::OK
@@ -173,14 +192,15 @@ fn message(
     if comm.device != device() || dtype != 1 {
         return wrong("a communicator of another device, or elements that are not bytes");
     }
-    let Some(peer) = usize::try_from(peer).ok().and_then(|p| comm.peers.get(p)?.clone()) else {
+    let to = usize::try_from(peer).unwrap_or(usize::MAX);
+    let Some(peer) = comm.peers.get(to).cloned().flatten() else {
         return wrong("a message to nobody, or to the rank itself (which is not emulated)");
     };
     let span = if count == 0 { None } else { span(at, count) };
     if span.is_none() && count > 0 {
         return wrong("a message outside of device memory");
     }
-    let queued = Queued { comm: Arc::clone(&comm), stream, message: Message { send, span, count, peer } };
+    let queued = Queued { comm: Arc::clone(&comm), stream, message: Message { send, span, count, to, peer } };
     GROUP.with_borrow_mut(|group| match group {
         Some(group) => {
             group.push(queued);
@@ -229,6 +249,17 @@ pub extern "C" fn ncclGetErrorString(code: i32) -> *const c_char {
 }
 
 impl Comm {
+    /// Connects with the peers of `messages` that it has not met yet: on the host, and without a limit but the emulator's.
+    fn meet(&self, messages: &[Message]) -> bool {
+        let until = Instant::now() + CONFIG.timeout;
+        let over = || self.aborted.load(Ordering::Acquire) || Instant::now() > until;
+        let mut met = lock(&self.met);
+        let new: Vec<&Arc<Peer>> =
+            messages.iter().filter(|m| !std::mem::replace(&mut met[m.to], true)).map(|m| &m.peer).collect();
+        new.iter().for_each(|peer| peer.send(CONNECT, 0, 0, &[]));
+        new.iter().all(|peer| peer.receive(over).is_some_and(|frame| frame.kind == CONNECT))
+    }
+
     /// Runs a group: all sends leave, receives are taken in order, then acknowledgements are awaited.
     fn batch(&self, messages: &[Message], running: &Running<'_>) -> Result<(), i32> {
         let _turn = lock(&self.turn);

@@ -116,7 +116,7 @@ fn problem(args: &Bench) -> Result<Problem> {
     .with_deterministic(options.deterministic)
     .with_head_groups(options.head_groups.map(|n| n as usize))
     .with_backward(args.backward);
-    job::check(&problem)?;
+    problem.check()?;
     if args.packed && problem.head_dim != problem.head_dim_v {
         return Err(Failure::Input("--packed: q, k and v in one tensor need heads of one size".into()));
     }
