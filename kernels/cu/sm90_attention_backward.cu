@@ -365,10 +365,8 @@ struct Consumer {
             tile = &work.tile;
             head = ~0u;
             barrier_wait(base + FULL_KV, n & 1);
-            if (work.state == BUSY)
-                gather_all(dk, dv);
-            else
-                arrive(FREE_KV);
+            if (work.state == BUSY) gather_all(dk, dv);
+            if (work.state != BUSY) arrive(FREE_KV);  // not `else`: the compiler would take the loop for divergent
             const bool add_k = p.add & 1, add_v = p.add & 2;
             const int row = 64 * group + 16 * warp + here() / 4;
             if (work.state == BUSY || !add_k)
