@@ -7,8 +7,8 @@
 In this order, as far as --budget seconds go; what no time was left for is listed, not left out silently:
 
     check    every U x R of the ranks, both placements, zigzag and stripe: forward and backward against attention in f64
-    cuts     every U x R, placement, layout, way of exchange, and one or two head groups at the shorter lengths; fewer of them at the
-             longer ones
+    cuts     every U x R, placement, layout, way of exchange, and head groups as chosen or one at the shorter lengths; fewer of them
+             at the longer ones
     longest  the best cut alone at 512k and 1M tokens
 
 A peer's measurements on the same machine stand beside ours with --peers FILE: a JSON list of objects with `name`, `H`, `HK`, `S`,
@@ -98,22 +98,22 @@ class Hybrid:
         causal, wide, dit = Shape(32, 8, "causal"), Shape(64, 8, "causal"), Shape(24, 24, "full")
         exchanges = ["peer", "nccl"] if self.args.backend.split(":")[0] in ("cuda", "rocm") else [None]
         own, other = exchanges[0], exchanges[-1]
-        run = lambda shape, *k, layout="zigzag", placement="ulysses-inner", exchange=own, groups=1, repeat=3: Run(
+        run = lambda shape, *k, layout="zigzag", placement="ulysses-inner", exchange=own, groups=None, repeat=3: Run(
             shape, tuple((k << 10) // self.args.scale for k in k), None, layout, placement, exchange, groups, repeat
         )
-        yield run(causal, 64, 128, 256, groups=2)
-        yield run(causal, 64, 128)
+        yield run(causal, 64, 128, 256)
+        yield run(causal, 64, 128, groups=1)
         yield run(causal, 64, placement="ring-inner")
         yield run(causal, 64, layout="stripe")
         if other != own:
-            yield run(causal, 64, 128, exchange=other, groups=2)
-        yield run(dit, 16, 64, layout="contiguous", groups=2)
-        yield run(wide, 64, 128, groups=2)
+            yield run(causal, 64, 128, exchange=other)
         yield run(dit, 16, 64, layout="contiguous")
-        yield run(wide, 64)
-        yield run(causal, 128, placement="ring-inner", groups=2)
-        yield run(causal, 128, layout="stripe", groups=2)
-        yield run(dit, 32, layout="contiguous", groups=2)
+        yield run(wide, 64, 128)
+        yield run(dit, 16, 64, layout="contiguous", groups=1)
+        yield run(wide, 64, groups=1)
+        yield run(causal, 128, placement="ring-inner")
+        yield run(causal, 128, layout="stripe")
+        yield run(dit, 32, layout="contiguous")
         yield run(wide, 256)
         yield run(causal, 64, layout="stripe", placement="ring-inner")
 
@@ -126,7 +126,7 @@ class Hybrid:
     def measure(self, run):
         seqs = ",".join(map(str, run.seqs))
         name = f"bench H{run.shape.heads}:{run.shape.kv_heads} {run.shape.mask} S={seqs} {run.layout} {run.placement} {run.exchange or ''}"
-        name += f" {run.groups} groups" if run.groups > 1 else ""
+        name += f" {run.groups} groups" if run.groups else ""
         name += f" U{run.cut[0]} R{run.cut[1]}" if run.cut else ""
         if self.seconds(run) > self.left_seconds():
             self.left.append(name)
@@ -134,11 +134,12 @@ class Hybrid:
         file = os.path.join(self.args.out, "bench.json")
         cut = ["--ulysses", run.cut[0], "--ring", run.cut[1]] if run.cut else ["--ranks", self.ranks]
         exchange = ["--exchange", run.exchange] if run.exchange else []
+        groups = ["--head-groups", run.groups] if run.groups else []
         # The first is the widest sweep: its page has heat maps.
         page = [] if self.reports else ["--html", os.path.join(self.args.out, "hybrid.html")]
         good, text = self.longspan(
             "bench", "--backend", self.args.backend, *exchange, "--seq", seqs, *cut, "--heads", run.shape.heads, "--kv-heads",
-            run.shape.kv_heads, "--head-groups", run.groups, "--mask", run.shape.mask, "--layout", run.layout, "--placement", run.placement, "--backward",
+            run.shape.kv_heads, *groups, "--mask", run.shape.mask, "--layout", run.layout, "--placement", run.placement, "--backward",
             "--repeat", run.repeat, "--json", file, *page,
         )  # fmt: skip
         print(f"{name}: " + {True: "ok", False: "FAILED", None: "not done, no time left"}[good], flush=True)
@@ -198,7 +199,7 @@ class Hybrid:
             peers = [p[what] for p in self.peers if (p.get("H"), p.get("HK"), p.get("S")) == (shape.heads, shape.kv_heads, seq) and what in p and not p["name"].startswith("ideal")]
             peer = f"{min(peers):.3g} | {min(peers) / seconds / 1e3:.2f}x" if peers else "- | -"
             how = f"U{row['ulysses']} R{row['ring']} {run.layout} {run.placement} {run.exchange or ''}".strip()
-            how += f", {run.groups} head groups" if run.groups > 1 else ""
+            how += f", {row['head_groups']} head groups" if row["head_groups"] > 1 else ""
             print(
                 f"| {shape.heads}:{shape.kv_heads} | {shape.mask} | {seq} | {how} | {seconds * 1e3:.4g} | " + " | ".join(cells)
                 + f" | {'-' if overlap is None else f'{100 * overlap:.1f} %'} | {row['peak_bytes'] / 2**30:.2f} | {peer} |"

@@ -1,7 +1,7 @@
 //! Sequence-parallel attention: 1 to 8 ranks, every U x R, both placements, every layout, mask, option and dtype.
 
 use longspan_hal::{Backend, DType, Error};
-use longspan_seqpar::heads::HeadCut;
+use longspan_seqpar::heads::{HeadCut, head_groups};
 use longspan_seqpar::{Documents, Layout, Mask, Mesh, Placement, Problem, Run};
 
 use super::pairwise::{Row, cover};
@@ -102,11 +102,12 @@ fn case<B: Backend>(index: usize, row: &Row, random: &mut Random) -> Option<Case
     let setup = setup(row, random).ok()?;
     let (problem, mesh) = (&setup.problem, setup.mesh());
     let (u, r) = (mesh.ulysses(), mesh.ring());
+    let groups = head_groups(problem, mesh, [setup.q.seq(), setup.k.seq()]);
     let mut words = vec![format!("u{u}r{r}"), LAYOUTS[row[2]].to_owned(), MASKS[row[3]].to_owned()];
     words.push(problem.dtype.to_string());
     let options = [
         ("partial", r > 1),
-        ("accumulate", r > 1 || HeadCut::new(problem, u).replicates()),
+        ("accumulate", r > 1 || HeadCut::new(problem, u, groups).replicates()),
         ("softcap", problem.softcap.is_some()),
         ("alibi", problem.alibi),
         ("sinks", problem.sinks),
@@ -126,7 +127,7 @@ fn case<B: Backend>(index: usize, row: &Row, random: &mut Random) -> Option<Case
         problem.kv_heads,
         problem.head_dim,
         problem.head_dim_v,
-        problem.head_groups,
+        groups,
         setup.memory
     );
     let name = format!("seqpar/pairs-{index:04}-{}", words.join("-"));

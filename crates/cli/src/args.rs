@@ -176,9 +176,9 @@ pub struct Options {
     /// Give bitwise equal results in every run
     #[arg(long)]
     pub deterministic: bool,
-    /// Cut the heads of a rank into this many groups: one computes while the next travels, and memory falls
-    #[arg(long, default_value_t = 1, value_name = "G", value_parser = count())]
-    pub head_groups: u32,
+    /// Cut the heads of a rank into this many groups: one computes while the next travels, and memory falls [default: by shape]
+    #[arg(long, value_name = "G", value_parser = count())]
+    pub head_groups: Option<u32>,
 }
 
 /// `longspan bench`.

@@ -1,6 +1,6 @@
 //! A run, made from the command line: every check that needs no device is done here, before anything starts.
 
-use longspan::{DType, Documents, Error, Layout, Mask, Mesh, Problem, Tensor};
+use longspan::{DType, Documents, Error, Layout, Mask, Mesh, Problem, Tensor, head_groups};
 
 use crate::args::{Cut, LayoutKind, MOST_RANKS, Options, Run};
 use crate::failure::{Failure, Result};
@@ -38,8 +38,8 @@ pub struct Job {
     pub seed: u64,
     /// Whether results are to be bitwise reproducible.
     pub deterministic: bool,
-    /// Head groups of the all-to-all.
-    pub head_groups: usize,
+    /// Head groups of the all-to-all, where they are not left to the plan.
+    pub head_groups: Option<usize>,
 }
 
 impl Job {
@@ -77,7 +77,7 @@ impl Job {
             dropout,
             seed: args.seed,
             deterministic,
-            head_groups: head_groups as usize,
+            head_groups: head_groups.map(|n| n as usize),
         };
         job.problem().check()?;
         Ok(job)
@@ -121,6 +121,11 @@ impl Job {
     /// KV heads.
     pub fn kv_heads(&self) -> usize {
         self.k.extent()[2]
+    }
+
+    /// Head groups of the all-to-all, given or chosen.
+    pub fn head_groups(&self) -> usize {
+        head_groups(&self.problem(), self.q_layout.mesh(), [self.seq(), self.k_layout.seq()])
     }
 
     /// Query heads per KV head.

@@ -149,9 +149,8 @@ impl Record {
             "attention backward" | "attention forward" | "hop" | "return" | "sum" if ring > 1 => {
                 grouped(format!("{phase}, step {}", index % ring), index / ring)
             }
-            "attention backward" | "attention forward" | "collect" | "gather" | "give back" | "keep" | "sum" => {
-                grouped(phase.to_owned(), index)
-            }
+            "attention backward" | "attention forward" | "collect" | "gather" | "give back" | "keep" | "sum"
+            | "take" => grouped(phase.to_owned(), index),
             "delta" if index > 0 => "delta of joint rows".to_owned(),
             _ => phase.to_owned(),
         }

@@ -171,7 +171,8 @@ fn options(job: &Job) -> Vec<String> {
     add(job.sinks.is_some(), "sinks".into());
     job.dropout.into_iter().for_each(|p| add(true, format!("dropout {p} with seed {}", job.seed)));
     add(job.deterministic, "deterministic".into());
-    add(job.head_groups > 1, format!("{} head groups", job.head_groups));
+    let groups = job.head_groups();
+    add(groups > 1, format!("{groups} head groups"));
     options
 }
 

@@ -1,7 +1,7 @@
 //! `longspan run --trace`: a record as a file of trace events, which <https://ui.perfetto.dev> and `chrome://tracing` show.
 //!
-//! The format is JSON ("Trace Event Format"): a process is a rank, its threads 1 and 2 are the compute and the transfer stream,
-//! times are microseconds with three decimals.
+//! The format is JSON ("Trace Event Format"): a process is a rank, its threads 1, 2 and 3 are the streams of compute, of
+//! transfers and of copies within the rank, times are microseconds with three decimals.
 //!
 //! | event | what |
 //! |---|---|
@@ -59,6 +59,8 @@ fn names(record: &Record, rank: u32) -> Vec<Value> {
         meta("thread_sort_index", 1, json!({"sort_index": 1})),
         meta("thread_name", 2, json!({"name": "transfer"})),
         meta("thread_sort_index", 2, json!({"sort_index": 2})),
+        meta("thread_name", 3, json!({"name": "copies"})),
+        meta("thread_sort_index", 3, json!({"sort_index": 3})),
     ]
 }
 
@@ -112,7 +114,8 @@ fn arrow(id: usize, flow: &Flow<'_>) -> [(Duration, Value); 2] {
 fn stream(span: &SpanReport) -> u32 {
     match span.work {
         Work::Compute => 1,
-        Work::Collect | Work::Exchange => 2,
+        Work::Exchange => 2,
+        Work::Collect => 3,
     }
 }
 

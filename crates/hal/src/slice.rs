@@ -43,6 +43,34 @@ impl Slice {
         Self { batch, q, k, lo: Self::LO_NONE, hi: Self::HI_NONE, q_pos, k_pos, q_step: 1, k_step: 1 }
     }
 
+    /// The part with the local key rows `rows`, which become rows from 0.
+    #[must_use]
+    pub fn of_keys(&self, rows: Range<u32>) -> Self {
+        let k = self.k.start.clamp(rows.start, rows.end)..self.k.end.clamp(rows.start, rows.end);
+        let by = i64::from(k.start) - i64::from(self.k.start);
+        Self {
+            lo: self.lo.saturating_sub(by),
+            hi: self.hi.saturating_sub(by),
+            k_pos: self.k_pos + by * self.k_step,
+            k: k.start - rows.start..k.end - rows.start,
+            ..self.clone()
+        }
+    }
+
+    /// The part with the local query rows `rows`, which become rows from 0.
+    #[must_use]
+    pub fn of_queries(&self, rows: Range<u32>) -> Self {
+        let q = self.q.start.clamp(rows.start, rows.end)..self.q.end.clamp(rows.start, rows.end);
+        let by = i64::from(q.start) - i64::from(self.q.start);
+        Self {
+            lo: self.lo.saturating_add(by),
+            hi: self.hi.saturating_add(by),
+            q_pos: self.q_pos + by * self.q_step,
+            q: q.start - rows.start..q.end - rows.start,
+            ..self.clone()
+        }
+    }
+
     /// Whether every pair is selected.
     pub fn is_full(&self) -> bool {
         let (m, n) = (self.q.len() as i64, self.k.len() as i64);
@@ -213,6 +241,30 @@ mod tests {
             for k in s.k.clone() {
                 let queries: Vec<u32> = pairs.iter().filter(|p| p.1 == k).map(|p| p.0).collect();
                 prop_assert_eq!(s.queries_of(k).collect::<Vec<_>>(), queries);
+            }
+        }
+
+        #[test]
+        fn parts_of_keys_have_all_pairs_once(s in slice(), at in 0u32..16) {
+            let parts = [s.of_keys(0..at), s.of_keys(at..16)];
+            let mut pairs: Vec<_> = selected(&parts[0]);
+            pairs.extend(selected(&parts[1]).into_iter().map(|(q, k)| (q, k + at)));
+            pairs.sort_unstable();
+            prop_assert_eq!(pairs, selected(&s));
+            for (part, first) in parts.iter().zip([0, at]).filter(|(part, _)| !part.k.is_empty()) {
+                prop_assert_eq!(part.k_pos - i64::from(part.k.start), s.k_pos - i64::from(s.k.start) + i64::from(first));
+            }
+        }
+
+        #[test]
+        fn parts_of_queries_have_all_pairs_once(s in slice(), at in 0u32..16) {
+            let parts = [s.of_queries(0..at), s.of_queries(at..16)];
+            let mut pairs: Vec<_> = selected(&parts[0]);
+            pairs.extend(selected(&parts[1]).into_iter().map(|(q, k)| (q + at, k)));
+            pairs.sort_unstable();
+            prop_assert_eq!(pairs, selected(&s));
+            for (part, first) in parts.iter().zip([0, at]).filter(|(part, _)| !part.q.is_empty()) {
+                prop_assert_eq!(part.q_pos - i64::from(part.q.start), s.q_pos - i64::from(s.q.start) + i64::from(first));
             }
         }
 

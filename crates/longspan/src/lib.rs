@@ -58,6 +58,7 @@ pub use longspan_hal::{
     Caps, DType, DeviceInfo, Error, Extent, Finding, KernelClass, Memory, Peak, Result, Step, Transport,
 };
 pub use longspan_peers::{Board, Lost, Place, Reach};
+pub use longspan_seqpar::heads::head_groups;
 pub use longspan_seqpar::{Bytes, Coords, Documents, Layout, Mask, Mesh, Placement, Plan, Problem, Run, Traffic, Work};
 pub use processes::{Processes, in_group};
 pub use ranks::{DEFAULT_LIMIT, on_devices, on_ranks, on_ranks_within, spawn};

@@ -1,18 +1,52 @@
 //! How heads are cut over Ulysses ranks and head groups.
 //!
-//! The query heads are cut into `U * G` near-equal ranges in order; Ulysses rank `u` computes ranges `u*G .. u*G + G`, one
-//! head group after the other. Each range brings the KV heads that its query heads use. Where a KV head serves several
-//! ranges (`U > HK`, or a group straddles a cut) it is sent to each of them and its gradients are summed once, at home.
+//! The query heads are cut into `U` near-equal ranges in order, and the range of each Ulysses rank into `G` groups, which it
+//! computes one after the other. Groups are of whole KV heads where there are enough, and the first is among the smallest, since
+//! nothing hides its all-to-all, and then the last. Each range brings the KV heads that its query heads use. Where a KV head
+//! serves several ranges (`U > HK`, or a range straddles a cut) it is sent to each of them and its gradients are summed once, at
+//! home.
 
 use std::ops::Range;
 
-use crate::Problem;
+use crate::{Mesh, Problem};
 
 /// `n` things cut into `parts` near-equal ranges in order; remainders go to the first ranges.
 pub fn near_equal(n: usize, parts: usize, part: usize) -> Range<usize> {
     let (each, rest) = (n / parts, n % parts);
     let start = part * each + part.min(rest);
     start..start + each + usize::from(part < rest)
+}
+
+/// `n` things cut into `groups` ranges in order; remainders go to the middle, rather behind than before it.
+fn middle_heavy(n: usize, groups: usize, group: usize) -> Range<usize> {
+    let (each, rest) = (n / groups, n % groups);
+    let first = (groups - rest).div_ceil(2);
+    let start = |g: usize| g * each + g.saturating_sub(first).min(rest);
+    start(group)..start(group + 1)
+}
+
+/// The most head groups that are chosen.
+const MOST_GROUPS: usize = 4;
+/// The least that a chosen head group moves, in bytes that leave a rank in a forward: below, links and launches take longer than
+/// what is hidden.
+const LEAST_BYTES: usize = 16 << 20;
+
+/// Head groups of `problem` on `mesh` with so many query and key tokens: its own number, or one that is chosen, the same on every
+/// rank. That is one, unless an all-to-all moves enough and every rank has several whole KV heads to cut: more groups would
+/// share KV heads, whose gradients are then summed in f32 at home. Groups between the first and the last have two KV heads at
+/// least, since a kernel with fewer does not fill a device evenly.
+pub fn head_groups(problem: &Problem, mesh: &Mesh, [q_seq, k_seq]: [usize; 2]) -> usize {
+    if let Some(groups) = problem.head_groups {
+        return groups;
+    }
+    let (u, n) = (mesh.ulysses() as usize, mesh.size() as usize);
+    if !problem.kv_heads.is_multiple_of(u) {
+        return 1;
+    }
+    let dims = problem.head_dim + problem.head_dim_v;
+    let elements = (q_seq / n * problem.heads + k_seq / n * problem.kv_heads) * dims * problem.batch;
+    let leaving = elements * problem.dtype.size() / u * (u - 1);
+    (leaving / LEAST_BYTES).min(problem.kv_heads / u / 2 + 1).clamp(1, MOST_GROUPS)
 }
 
 /// The heads of one Ulysses rank in one head group.
@@ -32,14 +66,16 @@ pub struct HeadCut {
 }
 
 impl HeadCut {
-    /// Cuts the heads of `problem` over `ulysses` ranks.
-    pub fn new(problem: &Problem, ulysses: u32) -> Self {
-        let (u_count, g_count) = (ulysses as usize, problem.head_groups);
+    /// Cuts the heads of `problem` over `ulysses` ranks, and those of each into `groups`, at least 1.
+    pub fn new(problem: &Problem, ulysses: u32, groups: usize) -> Self {
+        let (u_count, g_count) = (ulysses as usize, groups);
         let group = problem.group().max(1);
         let heads = |g: usize, u: usize| {
             let of_rank = near_equal(problem.heads, u_count, u);
-            let inner = near_equal(of_rank.len(), g_count, g);
-            let q = of_rank.start + inner.start..of_rank.start + inner.end;
+            let whole = of_rank.start.is_multiple_of(group) && of_rank.len().is_multiple_of(group);
+            let unit = if whole && of_rank.len() / group >= g_count { group } else { 1 };
+            let inner = middle_heavy(of_rank.len() / unit, g_count, g);
+            let q = of_rank.start + inner.start * unit..of_rank.start + inner.end * unit;
             let kv =
                 if q.is_empty() { q.start / group..q.start / group } else { q.start / group..(q.end - 1) / group + 1 };
             Heads { q, kv }
@@ -64,13 +100,18 @@ impl HeadCut {
         all().map(Range::len).sum::<usize>() > heads
     }
 
-    /// Where the heads of each rank lie when the heads of group `g` are packed in rank order, and their number.
-    pub(crate) fn packed(&self, g: usize, which: Which) -> (Vec<Range<usize>>, usize) {
+    /// Query heads of Ulysses rank `u`, of all groups.
+    pub(crate) fn of_rank(&self, u: usize) -> Range<usize> {
+        self.groups[0][u].q.start..self.groups[self.groups.len() - 1][u].q.end
+    }
+
+    /// Where the heads of the ranks `of` lie when those of group `g` are packed in rank order, and their number.
+    pub(crate) fn packed(&self, g: usize, which: Which, of: impl Fn(usize) -> bool) -> (Vec<Range<usize>>, usize) {
         let mut at = 0;
         let places = (0..self.ulysses)
             .map(|u| {
                 let start = at;
-                at += which.of(self.of(g, u)).len();
+                at += if of(u) { which.of(self.of(g, u)).len() } else { 0 };
                 start..at
             })
             .collect();
@@ -106,8 +147,8 @@ mod tests {
 
         #[test]
         fn every_query_head_once_with_its_kv_head(kv in 1usize..9, group in 1usize..9, ulysses in 1u32..12, groups in 1usize..5) {
-            let problem = Problem::new(DType::F32, 1, [kv * group, kv], 8).with_head_groups(groups);
-            let cut = HeadCut::new(&problem, ulysses);
+            let problem = Problem::new(DType::F32, 1, [kv * group, kv], 8);
+            let cut = HeadCut::new(&problem, ulysses, groups);
             let mut seen = vec![0; kv * group];
             for g in 0..groups {
                 for u in 0..ulysses as usize {
@@ -124,6 +165,28 @@ mod tests {
             prop_assert_eq!(cut.replicates(), uses > kv);
         }
 
+        /// Groups of whole KV heads share none, and the first is no larger than another.
+        #[test]
+        fn groups_are_of_whole_kv_heads_where_there_are_enough(each in 1usize..9, group in 1usize..9, ulysses in 1u32..5, groups in 1usize..9) {
+            let kv = each * ulysses as usize;
+            let cut = HeadCut::new(&Problem::new(DType::F32, 1, [kv * group, kv], 8), ulysses, groups);
+            prop_assert!(groups > each || !cut.replicates());
+            let sizes: Vec<_> = (0..groups).map(|g| cut.of(g, 0).q.len()).collect();
+            prop_assert!(sizes.iter().all(|&n| n >= sizes[0]));
+            prop_assert!(groups < 3 || sizes[1] >= sizes[groups - 1]);
+        }
+
+        #[test]
+        fn chosen_groups_never_share_a_kv_head(kv in 1usize..40, group in 1usize..5, ulysses in 1u32..9, ring in 1u32..3, seq in 0usize..200_000) {
+            let problem = Problem::new(DType::Bf16, 1, [kv * group, kv], 128);
+            let mesh = Mesh::new(ulysses, ring, crate::Placement::default()).expect("not empty");
+            let groups = head_groups(&problem, &mesh, [seq, seq]);
+            prop_assert!((1..=MOST_GROUPS).contains(&groups));
+            let one = HeadCut::new(&problem, ulysses, 1);
+            prop_assert!(groups == 1 || !one.replicates() && !HeadCut::new(&problem, ulysses, groups).replicates());
+            prop_assert!(groups == 1 || ulysses > 1);
+        }
+
         #[test]
         fn near_equal_parts_tile_the_whole(n in 0usize..100, parts in 1usize..20) {
             let mut at = 0;
@@ -138,8 +201,25 @@ mod tests {
     }
 
     #[test]
+    fn long_sequences_have_more_groups_and_tiny_ones_have_one() {
+        let of = |heads, ulysses, seq| {
+            let mesh = Mesh::new(ulysses, 1, crate::Placement::default()).expect("not empty");
+            head_groups(&Problem::new(DType::Bf16, 1, heads, 128), &mesh, [seq, seq])
+        };
+        assert_eq!([1 << 10, 1 << 13, 1 << 15].map(|seq| of([32, 8], 2, seq)), [1, 2, 3]);
+        assert_eq!([of([32, 8], 4, 1 << 16), of([32, 8], 8, 1 << 17), of([24, 24], 2, 1 << 14)], [2, 1, 4]);
+    }
+
+    #[test]
+    fn remainders_of_groups_go_to_the_middle() {
+        let sizes = |n, groups| (0..groups).map(|g| middle_heavy(n, groups, g).len()).collect::<Vec<_>>();
+        assert_eq!([sizes(4, 3), sizes(5, 3), sizes(3, 2)], [vec![1, 2, 1], vec![1, 2, 2], vec![1, 2]]);
+        assert_eq!([sizes(5, 4), sizes(7, 4), sizes(1, 2)], [vec![1, 1, 2, 1], vec![1, 2, 2, 2], vec![0, 1]]);
+    }
+
+    #[test]
     fn thirty_two_heads_over_three_ranks_give_irregular_groups() {
-        let cut = HeadCut::new(&Problem::new(DType::F32, 1, [32, 8], 8), 3);
+        let cut = HeadCut::new(&Problem::new(DType::F32, 1, [32, 8], 8), 3, 1);
         assert_eq!(cut.of(0, 1), &Heads { q: 11..22, kv: 2..6 });
         assert!(cut.replicates());
     }

@@ -22,6 +22,7 @@ pub mod route;
 pub mod trace;
 
 mod args;
+mod kernels;
 mod member;
 mod message;
 mod pass;

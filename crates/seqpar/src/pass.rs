@@ -24,6 +24,8 @@ pub(crate) struct PassLayout {
 pub(crate) struct RowsLayout {
     /// delta of the shard and of the joint rows.
     pub delta: [Region; 2],
+    /// The caller's lse, of both, as delta lies: where it travels.
+    pub lse: Option<[Region; 2]>,
     /// f32 sum of dq of the block, where it is not summed in the result itself.
     pub dq: Option<Region>,
     pub sinks: Option<SinksLayout>,
@@ -34,7 +36,7 @@ pub(crate) struct RowsLayout {
 pub(crate) struct SinksLayout {
     /// Parts of the shard and of the joint rows.
     pub parts: [Region; 2],
-    /// All ranks' parts, `[1, 2 N, heads, 1]`, in the window.
+    /// All ranks' parts, `[2 N, 1, heads, 1]`, in the window.
     pub all: Region,
     pub share: Messages,
 }
@@ -53,6 +55,7 @@ impl PassLayout {
         let mut all: Vec<(&'static str, u32, &Messages)> = Vec::new();
         if let Some(x) = &self.gathering {
             all.extend(x.gather.iter().enumerate().map(|(g, m)| ("gather", g as u32, m)));
+            all.extend(x.gather_rows.iter().map(|m| ("gather rows", 0, m)));
             all.extend(x.give_back.iter().enumerate().map(|(g, m)| ("give back", g as u32, m)));
             all.extend(x.joint.iter().map(|j| ("share joint", 0, &j.share)));
         }
@@ -81,7 +84,9 @@ impl RowsLayout {
     fn new(plan: &Plan, arena: &mut Arena) -> Result<Self> {
         let p = &plan.problem;
         let mut rows = |rows| arena.take(Place::Buffer, DType::F32, [p.batch, rows, p.heads, 1]);
-        let delta = [rows(plan.local_rows()[0])?, rows(p.joint)?];
+        let mut both = || Ok([rows(plan.local_rows()[0])?, rows(p.joint)?]);
+        let delta = both()?;
+        let lse = if plan.gathers() { Some(both()?) } else { None };
         let own_sum = plan.accumulates() && p.dtype != DType::F32;
         let heads = (0..plan.cut.groups()).map(|g| crate::ring_layout::q_heads(plan, g)).max().unwrap_or(0);
         let dq = if own_sum {
@@ -90,7 +95,7 @@ impl RowsLayout {
             None
         };
         let sinks = if p.sinks { Some(SinksLayout::new(plan, arena)?) } else { None };
-        Ok(Self { delta, dq, sinks })
+        Ok(Self { delta, lse, dq, sinks })
     }
 }
 
@@ -99,7 +104,7 @@ impl SinksLayout {
         let (ranks, heads) = (plan.mesh.size() as usize, plan.problem.heads);
         let mut part = || arena.take(Place::Buffer, DType::F32, [1, 1, heads, 1]);
         let parts = [part()?, part()?];
-        let all = arena.take(Place::Window, DType::F32, [1, 2 * ranks, heads, 1])?;
+        let all = arena.take(Place::Window, DType::F32, [2 * ranks, 1, heads, 1])?;
         let mut share = Messages::default();
         for peer in 0..ranks {
             for source in 0..2 {
@@ -111,8 +116,9 @@ impl SinksLayout {
                     dtype: DType::F32,
                     extent: [1, 1, heads, 1],
                 });
-                let row = 2 * peer + source;
-                share.recvs.push(Recv { from: peer as u32, into: all.rows(row..row + 1)? });
+                let part = 2 * peer + source;
+                let into = Region { place: all.place, at: all.at.narrow(0, part..part + 1)? };
+                share.recvs.push(Recv { from: peer as u32, into });
             }
         }
         Ok(Self { parts, all, share })
@@ -145,6 +151,7 @@ impl<B: Backend> Pass<B> {
         let ulysses = layout.gathering.map(|layout| Ulysses {
             layout,
             gather: of("gather"),
+            gather_rows: of("gather rows").pop(),
             give_back: of("give back"),
             share: of("share joint").pop(),
         });
@@ -160,7 +167,8 @@ impl<B: Backend> Pass<B> {
     /// Staging of the collective for these exchanges.
     pub fn staging(&self, member: &Member<B>) -> usize {
         use longspan_hal::Collective;
-        let of_ulysses = self.ulysses.iter().flat_map(|u| u.gather.iter().chain(&u.give_back).chain(&u.share));
+        let of_ulysses =
+            self.ulysses.iter().flat_map(|u| u.gather.iter().chain(&u.gather_rows).chain(&u.give_back).chain(&u.share));
         let of_ring = self.ring.iter().flat_map(|r| r.hops.iter().flatten().chain(r.returns.iter().flatten()));
         of_ulysses.chain(of_ring).chain(&self.share_sinks).map(|x| member.collective.staging_bytes(&x.exchange)).sum()
     }

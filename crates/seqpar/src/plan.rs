@@ -1,8 +1,10 @@
 //! What one rank will do, worked out without a device: rows, heads, slices, routes and the bytes they move.
 
+use std::ops::Range;
+
 use longspan_hal::{Error, Result, Slice, Spec};
 
-use crate::heads::HeadCut;
+use crate::heads::{HeadCut, head_groups};
 use crate::pass::PassLayout;
 use crate::rows::{self, Rows};
 use crate::{Bytes, Coords, Layout, Mask, Mesh, Needed, Problem, Route, Way};
@@ -39,8 +41,8 @@ pub struct Plan {
 /// Bytes that one rank sends to another in one exchange.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Traffic {
-    /// Which exchange: `gather`, `give back`, `hop`, `return` (gradients of a ring step), `share joint`,
-    /// `share dsinks`.
+    /// Which exchange: `gather`, `gather rows` (lse and delta), `give back`, `hop`, `return` (gradients of a ring step),
+    /// `share joint`, `share dsinks`.
     pub phase: &'static str,
     /// Its index: head group, or ring step within all head groups.
     pub index: u32,
@@ -75,6 +77,7 @@ impl Plan {
         let (q, k) =
             (Rows { layout: q.clone(), joint: problem.joint }, Rows { layout: k.clone(), joint: problem.joint });
         let legs = legs(problem, &q, &k, mask, at.ring)?;
+        let groups = head_groups(problem, &mesh, [q.layout.seq(), k.layout.seq()]);
         Ok(Self {
             problem: problem.clone(),
             mesh,
@@ -83,7 +86,7 @@ impl Plan {
             q,
             k,
             mask: mask.clone(),
-            cut: HeadCut::new(problem, mesh.ulysses()),
+            cut: HeadCut::new(problem, mesh.ulysses(), groups),
             legs,
         })
     }
@@ -91,6 +94,11 @@ impl Plan {
     /// The problem.
     pub fn problem(&self) -> &Problem {
         &self.problem
+    }
+
+    /// Head groups of the all-to-all, as set in the problem or chosen.
+    pub fn head_groups(&self) -> usize {
+        self.cut.groups()
     }
 
     /// The mesh.
@@ -167,11 +175,29 @@ impl Plan {
         (self.ring_peer(self.at.ring + 1), self.ring_peer(self.at.ring + self.mesh.ring() - 1))
     }
 
-    /// The spec of this rank's attention in head group `g`, ring step `t`.
-    pub(crate) fn spec(&self, g: usize, t: usize) -> Spec {
+    /// Whether direct runs come home before the last step, so that they are added to own gradients that are not whole yet.
+    pub(crate) fn comes_home_early(&self) -> bool {
+        self.legs.iter().rev().skip(1).any(|leg| !leg.asked.is_empty())
+    }
+
+    /// Key rows of the own block with which a ring's backward attends first, and those with which it attends last.
+    pub(crate) fn halves(&self) -> [Range<usize>; 2] {
+        let (half, all) = (self.k_block() / 2, self.k_block());
+        [0..half, half..all]
+    }
+
+    /// Rows of its own with which a rank attends last in a forward, where that leaves something for messages to be beside.
+    pub(crate) fn own_rows(&self) -> Option<Range<usize>> {
+        let own = self.q.segments(self.at)[0].block.clone();
+        let apart = self.mesh.ulysses() > 1 && self.mesh.ring() == 1 && self.problem.joint == 0;
+        (apart && !own.is_empty() && own.len() < self.q_block()).then_some(own)
+    }
+
+    /// The spec of this rank's attention in head group `g` with so many query and key rows.
+    pub(crate) fn spec(&self, g: usize, rows: [usize; 2]) -> Spec {
         let q = &self.cut.of(g, self.at.ulysses as usize).q;
         self.problem
-            .spec([self.q_block(), self.legs[t].rows])
+            .spec(rows)
             .with_head_cut(q.start, q.len(), self.problem.heads, self.problem.group())
             .with_partial(self.mesh.ring() > 1)
             .with_accumulate(self.problem.backward && self.accumulates())

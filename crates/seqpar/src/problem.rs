@@ -32,8 +32,9 @@ pub struct Problem {
     pub deterministic: bool,
     /// Joint tokens: appended to queries and keys, replicated on every rank.
     pub joint: usize,
-    /// Head groups of the all-to-all: one group computes while the next travels, and memory falls with their number.
-    pub head_groups: usize,
+    /// Head groups of the all-to-all: one group computes while the next travels, and memory falls with their number. Unless set,
+    /// the plan chooses ([`crate::heads::head_groups`]).
+    pub head_groups: Option<usize>,
     /// Whether a backward will run: sizes its memory.
     pub backward: bool,
 }
@@ -55,7 +56,7 @@ impl Problem {
             dropout: None,
             deterministic: false,
             joint: 0,
-            head_groups: 1,
+            head_groups: None,
             backward: false,
         }
     }
@@ -116,10 +117,10 @@ impl Problem {
         self
     }
 
-    /// Sets the number of head groups.
+    /// Sets the number of head groups, or leaves it to the plan.
     #[must_use]
-    pub fn with_head_groups(mut self, head_groups: usize) -> Self {
-        self.head_groups = head_groups;
+    pub fn with_head_groups(mut self, head_groups: impl Into<Option<usize>>) -> Self {
+        self.head_groups = head_groups.into();
         self
     }
 
@@ -161,12 +162,11 @@ impl Problem {
                 format!("{} query heads are not a multiple of {} KV heads", self.heads, self.kv_heads),
             ));
         }
-        if self.head_groups == 0 {
+        if self.head_groups == Some(0) {
             return Err(Error::invalid("head_groups", "it must be at least 1"));
         }
-        if self.head_groups > self.heads {
-            let why =
-                format!("{} groups of {} heads: at most as many groups as query heads", self.head_groups, self.heads);
+        if let Some(groups) = self.head_groups.filter(|groups| *groups > self.heads) {
+            let why = format!("{groups} groups of {} heads: at most as many groups as query heads", self.heads);
             return Err(Error::invalid("head_groups", why));
         }
         self.spec([0, 0]).check()

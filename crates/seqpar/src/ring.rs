@@ -16,17 +16,23 @@
 //!                                                                home  += came home (direct runs)
 //!                                                      transfer: ret(t): fresh hop runs -> r + 1
 //!                                                                        fresh direct runs -> block(t)
-//!                                                  after ret(R - 1) the hop runs of the own block are in `travel`
+//!                                                  compute: dq += ..; home of the other half of the own keys
+//!                                                           wait ret(R - 1)
+//!                                                           dk, dv = round(home + travel), round(home + came home)
 //! ```
 //!
-//! `fresh` is computed while the previous sum still travels: adding in place would serialise the ring. At `t = 0` the fresh
-//! gradient is that of the own block, `home`.
+//! `fresh` is computed while the previous sum still travels: adding in place would serialise the ring. At `t = 0` half of the
+//! own keys are attended with, and nothing is sent: gradients of the own block stay in `home`. The other half is beside the
+//! last return, which else had nothing beside it.
+
+use std::ops::Range;
 
 use longspan_hal::{
-    Attention, Backend, Backward, Extras, Forward, Gradient, Partial, Result, Stage, Store, View, ViewMut,
+    Attention, Backend, Backward, Device, Extras, Forward, Gradient, Partial, Result, Stage, Store, View, ViewMut,
 };
 
 use crate::Way;
+use crate::kernels::{KernelPlan, KernelPlans};
 use crate::message::Prepared;
 use crate::ring_layout::{self, GradientLayout, Pair, RingLayout, runs, shaped};
 use crate::run::{Event, Run};
@@ -39,8 +45,14 @@ pub(crate) struct Ring<B: Backend> {
     pub returns: Vec<Vec<Prepared<B>>>,
 }
 
-/// Kernel plans by head group and step.
-pub(crate) type KernelPlans<B> = Vec<Vec<<<B as Backend>::Attention as Attention<<B as Backend>::Device>>::Plan>>;
+/// What all attentions of a backward have in common.
+struct Call<'a, B: Backend> {
+    q: View<'a, B::Device>,
+    /// dout, lse and delta.
+    rows: [View<'a, B::Device>; 3],
+    dq: ViewMut<'a, B::Device>,
+    extras: Extras<'a, B::Device>,
+}
 
 /// One ring in flight over all head groups: which received K/V slot is read until when.
 pub(crate) struct Circling<'a, 'r, B: Backend> {
@@ -56,7 +68,8 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
     }
 
     /// The forward of head group `g`: attends with the own block and with every block that comes round. `travelling` queues
-    /// what the next head group needs, behind the last hop.
+    /// what the next head group needs: behind the last hop, and behind the last attention, which no device should await its
+    /// host for.
     pub fn forward(
         &mut self,
         g: usize,
@@ -69,9 +82,6 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         let mut arrived = None;
         for t in 0..steps {
             let next = if t + 1 < steps { Some(self.hop(g, t + 1, [k, v])?) } else { None };
-            if next.is_none() {
-                travelling()?;
-            }
             run.wait(run.compute, arrived.as_ref())?;
             let stage = match self.partial(g)? {
                 None => Stage::All { out, lse },
@@ -82,16 +92,45 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
             let idle = run.plan.legs[t].slices.is_empty() && matches!(stage, Stage::Continue(_));
             if !idle && ring_layout::q_heads(run.plan, g) > 0 {
                 let [k, v] = self.block(g, t, [k, v])?;
-                let spec = run.plan.spec(g, t);
+                let kernel = match &self.plans.last {
+                    Some([others, _]) if g + 1 == run.plan.cut.groups() => others,
+                    _ => &self.plans.steps[g][t],
+                };
+                let spec = run.plan.spec(g, [run.plan.q_block(), run.plan.legs[t].rows]);
                 let args = Forward::new(&spec, [q, k, v], stage, extras, run.scratch)?;
                 run.compute("attention forward", g * steps + t, || {
-                    run.member.attention.forward(run.compute, &self.plans[g][t], &args)
+                    run.member.attention.forward(run.compute, kernel, &args)
                 })?;
+            }
+            if next.is_none() {
+                travelling()?;
             }
             self.read(t)?;
             arrived = next;
         }
         Ok(())
+    }
+
+    /// The forward of this rank's own rows of head group `g`, where [`Circling::forward`] left them for the end: beside the
+    /// messages with those of others.
+    pub fn own_rows(
+        &self,
+        g: usize,
+        [q, k, v]: [View<'_, B::Device>; 3],
+        results: [ViewMut<'_, B::Device>; 2],
+        extras: Extras<'_, B::Device>,
+    ) -> Result<()> {
+        let run = self.run;
+        let (Some([_, kernel]), Some(rows)) = (&self.plans.last, run.plan.own_rows()) else {
+            return Ok(());
+        };
+        if g + 1 < run.plan.cut.groups() || ring_layout::q_heads(run.plan, g) == 0 {
+            return Ok(());
+        }
+        let spec = run.plan.spec(g, [rows.len(), k.extent()[1]]);
+        let [out, lse] = [results[0].narrow(1, rows.clone())?, results[1].narrow(1, rows.clone())?];
+        let args = Forward::new(&spec, [q.narrow(1, rows)?, k, v], Stage::All { out, lse }, extras, run.scratch)?;
+        run.compute("attention forward", g, || run.member.attention.forward(run.compute, kernel, &args))
     }
 
     /// The backward of head group `g` into `[dq, dk, dv]`, which are rounded once. dq is summed in f32 in `accumulator`
@@ -108,58 +147,134 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
     ) -> Result<()> {
         let (run, steps) = (self.run, self.run.plan.legs.len());
         let [q, k, v] = inputs;
-        let dq = accumulator.unwrap_or(results[0]);
+        let call = Call { q, rows, dq: accumulator.unwrap_or(results[0]), extras };
         let (mut arrived, mut returned) = (None, None);
         for t in 0..steps {
             let next = if t + 1 < steps { Some(self.hop(g, t + 1, [k, v])?) } else { None };
+            run.wait(run.compute, arrived.as_ref())?;
+            match self.gradients() {
+                Some((_, gradients)) if t == 0 => self.first_half(&call, gradients, g, [k, v])?,
+                Some((_, gradients)) => self.fresh_gradients(&call, gradients, g, t)?,
+                None => {
+                    let into = [results[1], results[2]].map(|into| Gradient { into, store: Store::Write });
+                    self.attend(&call, [g, t], &self.plans.steps[g][t], [k, v], into, Store::Write)?;
+                }
+            }
             if next.is_none() {
                 travelling()?;
             }
-            run.wait(run.compute, arrived.as_ref())?;
-            let leg = &run.plan.legs[t];
-            let idle = leg.slices.is_empty() && leg.needed.is_empty() && t > 0;
-            if !idle && ring_layout::q_heads(run.plan, g) > 0 {
-                let [k, v] = self.block(g, t, [k, v])?;
-                let [dk, dv] = self.fresh(g, t)?.unwrap_or([results[1], results[2]]);
-                let store = if t == 0 { Store::Write } else { Store::Add };
-                let gradients = [
-                    Gradient { into: dq, store },
-                    Gradient { into: dk, store: Store::Write },
-                    Gradient { into: dv, store: Store::Write },
-                ];
-                let spec = run.plan.spec(g, t);
-                let args = Backward::new(&spec, [q, k, v], rows, gradients, extras, run.scratch)?;
-                run.compute("attention backward", g * steps + t, || {
-                    run.member.attention.backward(run.compute, &self.plans[g][t], &args)
-                })?;
-            }
             self.read(t)?;
-            if let Some((ring, gradients)) = self.gradients() {
+            if let (Some((ring, gradients)), true) = (self.gradients(), t > 0) {
                 run.wait(run.compute, returned.as_ref())?;
-                if t > 0 {
+                if t > 1 {
                     run.sum(g * steps + t, || {
                         self.add_travelled(gradients, g, t)?;
                         self.add_came_home(gradients, g, t - 1)
                     })?;
                 }
                 run.order(run.compute, run.transfer)?;
-                let sources = self.fresh(g, t)?.map(|pair| pair.map(|x| x.read()));
-                returned = Some(run.exchange(&ring.returns[g][t], sources.as_ref().map_or(&[], |s| s))?);
+                let sources = self.fresh(gradients, g, t)?.map(|x| x.read());
+                returned = Some(run.exchange(&ring.returns[g][t], &sources)?);
             }
             arrived = next;
         }
         // Under the last return.
+        if let Some((_, gradients)) = self.gradients() {
+            self.second_half(&call, gradients, g, [k, v])?;
+        }
         if let Some(sums) = accumulator {
-            run.sum((g + 1) * steps - 1, || run.finish_dq(&run.plan.spec(g, 0), results[0], sums.read()))?;
+            run.sum((g + 1) * steps - 1, || {
+                run.finish_dq(&run.plan.spec(g, [run.plan.q_block(), run.plan.k_block()]), results[0], sums.read())
+            })?;
         }
         if let Some((_, gradients)) = self.gradients() {
             run.wait(run.compute, returned.as_ref())?;
-            run.sum((g + 1) * steps - 1, || {
-                self.add_came_home(gradients, g, steps - 1)?;
-                self.round_home(gradients, g, [results[1], results[2]])
-            })?;
+            run.sum((g + 1) * steps - 1, || self.round_home(gradients, g, [results[1], results[2]]))?;
         }
         Ok(())
+    }
+
+    /// Queues the backward of keys of the block of step `t`.
+    fn attend(
+        &self,
+        call: &Call<'_, B>,
+        [g, t]: [usize; 2],
+        kernel: &KernelPlan<B>,
+        [k, v]: [View<'_, B::Device>; 2],
+        [dk, dv]: [Gradient<'_, B::Device>; 2],
+        store: Store,
+    ) -> Result<()> {
+        let run = self.run;
+        if ring_layout::q_heads(run.plan, g) == 0 {
+            return Ok(());
+        }
+        let spec = run.plan.spec(g, [run.plan.q_block(), k.extent()[1]]);
+        let gradients = [Gradient { into: call.dq, store }, dk, dv];
+        let args = Backward::new(&spec, [call.q, k, v], call.rows, gradients, call.extras, run.scratch)?;
+        run.compute("attention backward", g * run.plan.legs.len() + t, || {
+            run.member.attention.backward(run.compute, kernel, &args)
+        })
+    }
+
+    /// `fresh = dk, dv` of the block of step `t > 0`.
+    fn fresh_gradients(&self, call: &Call<'_, B>, gradients: &GradientLayout, g: usize, t: usize) -> Result<()> {
+        let leg = &self.run.plan.legs[t];
+        let Some(ring) = self.ring.filter(|_| !leg.slices.is_empty() || !leg.needed.is_empty()) else {
+            return Ok(());
+        };
+        let into = self.fresh(gradients, g, t)?.map(|into| Gradient { into, store: Store::Write });
+        self.attend(call, [g, t], &self.plans.steps[g][t], self.received(ring, g, t)?, into, Store::Add)
+    }
+
+    /// `home` of the first half of the own keys.
+    fn first_half(
+        &self,
+        call: &Call<'_, B>,
+        gradients: &GradientLayout,
+        g: usize,
+        own: [View<'_, B::Device>; 2],
+    ) -> Result<()> {
+        let [first, second] = self.run.plan.halves();
+        if self.run.plan.comes_home_early() {
+            for part in self.pair(&gradients.home, g, self.run.plan.k_block())? {
+                let part = part.narrow(1, second.clone())?;
+                if !part.at().is_empty() {
+                    self.run.member.device.fill(self.run.compute, 0.0, part)?;
+                }
+            }
+        }
+        self.half(call, gradients, [g, 0], (first, Store::Write), own, Store::Write)
+    }
+
+    /// `home` of the second half of the own keys, to which what came home before may have been added.
+    fn second_half(
+        &self,
+        call: &Call<'_, B>,
+        gradients: &GradientLayout,
+        g: usize,
+        own: [View<'_, B::Device>; 2],
+    ) -> Result<()> {
+        let [_, rows] = self.run.plan.halves();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let store = if self.run.plan.comes_home_early() { Store::Add } else { Store::Write };
+        self.half(call, gradients, [g, 1], (rows, store), own, Store::Add)
+    }
+
+    fn half(
+        &self,
+        call: &Call<'_, B>,
+        gradients: &GradientLayout,
+        [g, half]: [usize; 2],
+        (rows, store): (Range<usize>, Store),
+        own: [View<'_, B::Device>; 2],
+        store_dq: Store,
+    ) -> Result<()> {
+        let home = self.pair(&gradients.home, g, self.run.plan.k_block())?;
+        let into = |x: ViewMut<'a, B::Device>| Ok(Gradient { into: x.narrow(1, rows.clone())?, store });
+        let kv = [own[0].narrow(1, rows.clone())?, own[1].narrow(1, rows.clone())?];
+        self.attend(call, [g, 0], &self.plans.halves[g][half], kv, [into(home[0])?, into(home[1])?], store_dq)
     }
 
     fn gradients(&self) -> Option<(&'a Ring<B>, &'a GradientLayout)> {
@@ -193,13 +308,16 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         'a: 'b,
     {
         match self.ring {
-            Some(ring) if t > 0 => {
-                let pair = &ring.layout.kv[(t - 1) % ring.layout.kv.len()];
-                let [k, v] = shaped(self.run.plan, pair, g, self.run.plan.legs[t].rows)?;
-                Ok([self.run.workspace.view(&k)?, self.run.workspace.view(&v)?])
-            }
+            Some(ring) if t > 0 => self.received(ring, g, t),
             _ => Ok(own),
         }
+    }
+
+    /// K and V of the block of step `t > 0`.
+    fn received(&self, ring: &Ring<B>, g: usize, t: usize) -> Result<[View<'a, B::Device>; 2]> {
+        let pair = &ring.layout.kv[(t - 1) % ring.layout.kv.len()];
+        let [k, v] = shaped(self.run.plan, pair, g, self.run.plan.legs[t].rows)?;
+        Ok([self.run.workspace.view(&k)?, self.run.workspace.view(&v)?])
     }
 
     fn partial(&self, g: usize) -> Result<Option<Partial<'a, B::Device>>> {
@@ -219,21 +337,15 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         Ok([self.run.workspace.view_mut(&k)?, self.run.workspace.view_mut(&v)?])
     }
 
-    /// Where dk and dv of step `t` are computed; `None` where they go straight into the results.
-    fn fresh(&self, g: usize, t: usize) -> Result<Option<[ViewMut<'a, B::Device>; 2]>> {
-        let Some((_, gradients)) = self.gradients() else {
-            return Ok(None);
-        };
-        let pair = if t == 0 { &gradients.home } else { &gradients.fresh[(t - 1) % gradients.fresh.len()] };
-        self.pair(pair, g, self.run.plan.legs[t].rows).map(Some)
+    /// Where dk and dv of step `t > 0` are computed.
+    fn fresh(&self, gradients: &GradientLayout, g: usize, t: usize) -> Result<[ViewMut<'a, B::Device>; 2]> {
+        self.pair(&gradients.fresh[(t - 1) % gradients.fresh.len()], g, self.run.plan.legs[t].rows)
     }
 
     /// `fresh(t) += travel`, in the hop runs of the block of step `t`.
     fn add_travelled(&self, gradients: &GradientLayout, g: usize, t: usize) -> Result<()> {
         let leg = &self.run.plan.legs[t];
-        let Some(fresh) = self.fresh(g, t)? else {
-            return Ok(());
-        };
+        let fresh = self.fresh(gradients, g, t)?;
         for n in runs(&leg.needed, Way::Hop) {
             let travel = self.pair(&gradients.travel, g, leg.rows)?;
             for (sum, part) in fresh.iter().zip(travel) {
@@ -262,17 +374,21 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         Ok(())
     }
 
-    /// Rounds the own block's dk and dv: hop runs came round in `travel`, direct runs are in `home`.
+    /// Rounds the own block's dk and dv: `home` and what the last return brought, sums of hop runs in `travel`.
     fn round_home(&self, gradients: &GradientLayout, g: usize, into: [ViewMut<'_, B::Device>; 2]) -> Result<()> {
-        let own = self.run.plan.k_block();
-        for n in &self.run.plan.legs[0].needed {
+        let (own, legs) = (self.run.plan.k_block(), &self.run.plan.legs);
+        let last = &legs[legs.len() - 1].asked;
+        for n in &legs[0].needed {
             let from = match n.way {
-                Way::Direct => self.pair(&gradients.home, g, own)?,
-                Way::Hop => self.pair(&gradients.travel, g, own)?,
+                Way::Direct if last.contains(n) => vec![&gradients.home, &gradients.came_home],
+                Way::Direct => vec![&gradients.home],
+                Way::Hop => vec![&gradients.home, &gradients.travel],
             };
-            for (sum, part) in into.iter().zip(from) {
-                let (sum, part) = (sum.narrow(1, n.rows.clone())?, part.narrow(1, n.rows.clone())?);
-                self.run.accumulate(self.run.compute, sum, &[part.read()])?;
+            let from = from.into_iter().map(|pair| self.pair(pair, g, own)).collect::<Result<Vec<_>>>()?;
+            for (i, into) in into.iter().enumerate() {
+                let terms = from.iter().map(|pair| Ok(pair[i].narrow(1, n.rows.clone())?.read()));
+                let terms = terms.collect::<Result<Vec<_>>>()?;
+                self.run.accumulate(self.run.compute, into.narrow(1, n.rows.clone())?, &terms)?;
             }
         }
         Ok(())

@@ -30,11 +30,11 @@ pub(crate) struct GradientLayout {
     pub home: Pair,
     /// dk, dv of the block of step `t`, by `(t - 1) % len`.
     pub fresh: Vec<Pair>,
-    /// Sums of hop runs, in the window.
+    /// Sums of hop runs without their owners' part, in the window.
     pub travel: Pair,
     /// Direct runs of the own block that came home, in the window.
     pub came_home: Pair,
-    /// By head group and step.
+    /// By head group and step; step 0 is empty.
     pub returns: Vec<Vec<Messages>>,
 }
 
@@ -132,18 +132,19 @@ fn hop(plan: &Plan, g: usize, t: usize, kv: &[Pair]) -> Result<Messages> {
     Ok(list.messages)
 }
 
-/// Sources of a return: fresh dk, fresh dv.
+/// Sources of a return at step `t > 0`: fresh dk, fresh dv.
 fn ret(plan: &Plan, g: usize, t: usize, travel: &Pair, came_home: &Pair) -> Result<Messages> {
+    if t == 0 {
+        return Ok(Messages::default());
+    }
     let (next, previous) = plan.neighbours();
     let (leg, following) = (&plan.legs[t], &plan.legs[(t + 1) % plan.legs.len()]);
     let mut list = Builder::new(plan, g, DType::F32);
     for n in runs(&leg.needed, Way::Hop) {
         list.send(next, 0, &n.rows);
     }
-    if t > 0 {
-        for n in runs(&leg.needed, Way::Direct) {
-            list.send(plan.ring_peer(leg.owner), 0, &n.rows);
-        }
+    for n in runs(&leg.needed, Way::Direct) {
+        list.send(plan.ring_peer(leg.owner), 0, &n.rows);
     }
     let into = shaped(plan, travel, g, following.rows)?;
     for n in runs(&following.needed, Way::Hop) {

@@ -12,10 +12,12 @@
 //!         if t > 0:  receive the Hop runs of block(t) from r - 1, its Direct runs from block(t) itself
 //!                    send the Hop runs of block(t - 1) to r + 1, and asked(t), own Direct runs, to r + t
 //!         attend with needed(t)
-//! backward, in addition, after attending at step t:
+//! backward, in addition, after attending at step t > 0:
 //!     send the sums of the gradients of the Hop runs of block(t) to r + 1     (home after step R - 1)
-//!     if t > 0:  send the gradients of the Direct runs of block(t) to block(t), which receives asked(t)'s from r + t
+//!     send the gradients of the Direct runs of block(t) to block(t), which receives asked(t)'s from r + t
 //! ```
+//!
+//! The owner's own gradients stay at home.
 //!
 //! Every rank derives its view from the same layouts and mask, so what one sends is what another expects. What no one needs
 //! does not travel, and there are no empty runs.
@@ -142,15 +144,12 @@ impl Route {
         })
     }
 
-    /// What this ring rank sends home in a backward (dK/dV rows), after each step; one entry per receiver and step, none
-    /// without rows.
+    /// What this ring rank sends home in a backward (dK/dV rows), after each step but the first; one entry per receiver and
+    /// step, none without rows.
     pub fn returns(&self) -> impl Iterator<Item = Transfer> + '_ {
-        // A ring of one rank sends nothing.
-        let steps = if self.ring == 1 { 0..0 } else { 0..self.ring };
-        steps.flat_map(|step| {
-            let hops = (self.next(), rows(self.hops(step)));
-            let direct = (self.block(step), if step == 0 { 0 } else { rows(self.direct(step)) });
-            self.messages(step, hops, direct)
+        (1..self.ring).flat_map(|step| {
+            let (hops, direct) = (rows(self.hops(step)), rows(self.direct(step)));
+            self.messages(step, (self.next(), hops), (self.block(step), direct))
         })
     }
 

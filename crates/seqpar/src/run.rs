@@ -1,4 +1,4 @@
-//! One forward or backward in flight: the two streams, what is queued on them, and what is recorded of it.
+//! One forward or backward in flight: the three streams, what is queued on them, and what is recorded of it.
 
 use std::cell::RefCell;
 
@@ -24,21 +24,25 @@ pub(crate) struct Run<'a, B: Backend> {
     pub compute: &'a Stream<B>,
     /// Our own: all communication, in the same order on every rank.
     pub transfer: &'a Stream<B>,
+    /// Our own: copies and sums of what came, and of this rank's own part, which find room where attention leaves some.
+    pub aside: &'a Stream<B>,
     /// Whether this is a backward.
     pub backward: bool,
     pub trace: RefCell<Option<&'a mut Trace<B::Device>>>,
 }
 
 impl<'a, B: Backend> Run<'a, B> {
-    /// Forks the transfer stream off the caller's, runs `body`, and joins it back, also on error.
+    /// Forks our own streams off the caller's, runs `body`, and joins them back, also on error.
     pub fn forked(&self, body: impl FnOnce() -> Result<()>) -> Result<()> {
         if let Some(trace) = self.trace.borrow_mut().as_mut() {
             trace.begin(&self.member.device, self.compute)?;
         }
-        self.order(self.compute, self.transfer)?;
+        let fork = self.record(self.compute)?;
+        self.wait(self.transfer, Some(&fork))?;
+        self.wait(self.aside, Some(&fork))?;
         let done = body();
-        let joined = self.order(self.transfer, self.compute);
-        done.and(joined)
+        let joined = [self.transfer, self.aside].map(|stream| self.order(stream, self.compute));
+        joined.into_iter().fold(done, Result::and)
     }
 
     /// Everything queued on `second` from now on runs after everything queued on `first` so far.
@@ -80,14 +84,10 @@ impl<'a, B: Backend> Run<'a, B> {
         self.spanned(Work::Compute, self.compute, Step { phase: "sum", index: index as u32 }, 0, queue)
     }
 
-    /// Queues copies of this rank's own results of head group `group` on the caller's stream.
-    pub fn keep(&self, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.spanned(Work::Compute, self.compute, Step { phase: "keep", index: group as u32 }, 0, queue)
-    }
-
-    /// Queues copies and sums of what came for head group `group` on the transfer stream.
-    pub fn collect(&self, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.spanned(Work::Collect, self.transfer, Step { phase: "collect", index: group as u32 }, 0, queue)
+    /// Queues copies and sums for head group `group` aside: of what came (`collect`), of this rank's own inputs (`take`) or
+    /// results (`keep`).
+    pub fn aside(&self, phase: &'static str, group: usize, queue: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.spanned(Work::Collect, self.aside, Step { phase, index: group as u32 }, 0, queue)
     }
 
     fn spanned(

@@ -7,7 +7,7 @@ use longspan_hal::{Device, Result, Step};
 /// What a span did.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Work {
-    /// Copies and sums of what came, within this rank, on the transfer stream.
+    /// Copies and sums within this rank of what came and of its own part, on a stream of their own.
     Collect,
     /// Attention or a sum, on the caller's stream.
     Compute,

@@ -4,34 +4,48 @@
 //! block for its own heads. One exchange moves all tensors, a view each, whatever their strides:
 //!
 //! ```text
-//! gather(g):  for each Ulysses rank p, each input tensor x:
+//! gather(g):  for each other Ulysses rank p, each input tensor x:
 //!                 send     x[my rows, heads(p, g)]           -> p
 //!                 receive  block[rows of p, my heads(g)]     <- p
+//! gather_rows: the same with lse and delta, for all groups at once
+//! take(g):    copy x[my rows, my heads(g)] to the block
 //! give_back(g): for each other Ulysses rank p, each output tensor y:
 //!                 send     block[rows of p, my heads(g)]     -> p
 //!                 receive  packed[my rows, heads(p, g)]      <- p
-//!               copy block[my rows, my heads(g)] to the caller's tensors, behind the compute of g
+//! keep(g):    copy block[my rows, my heads(g)] to the caller's tensors
 //! collect(g): copy `packed` to the caller's tensors; f32 contributions to replicated KV heads, the own ones too, are
 //!             summed instead, in the order of groups and ranks, and rounded once at the end.
 //! ```
 //!
-//! A rank's own results are copied on the compute stream: a kernel on the transfer stream would wait for the attention of the
-//! next group, and what is queued behind it with it.
+//! Messages may need no kernel, but copies within a device do, and a kernel beside attention waits for its end, and what is
+//! queued behind it with it. So they have a stream of their own, `aside`, where they find room as attention ends, and the first
+//! and the last ones are beside messages:
+//!
+//! ```text
+//! transfer: gather(0)             gather(1)         give_back(0)                   gather(2)         ...
+//! compute:  -                     attention(0)                                     attention(1)      ...
+//! aside:    take(0), take(1)                        keep(0), take(2), collect(0)                     ...
+//! ```
 //!
 //! Head counts need not divide: see [`crate::heads`]. Joint tokens are a second source of rows; after the last group every
 //! rank shares its joint rows of the results with all ranks, so replicas are bitwise equal.
 
-use longspan_hal::{Backend, Device, Result, View, ViewMut};
+use std::ops::Range;
+
+use longspan_hal::{Backend, Device, Error, Result, View, ViewMut};
 
 use crate::message::Prepared;
-use crate::run::{Event, Run, missing};
-use crate::ulysses_layout::{Gathering, block_extent, local_parts};
+use crate::rows::Segment;
+use crate::run::{Event, Run, Stream, missing};
+use crate::ulysses_layout::{Gathering, Kind, ROWS, SLOTS, block_extent, local_parts, packed_heads};
+use crate::workspace::Region;
 
 /// The all-to-alls of one pass: layout and exchanges, by head group.
 #[derive(Debug)]
 pub(crate) struct Ulysses<B: Backend> {
     pub layout: Gathering,
     pub gather: Vec<Prepared<B>>,
+    pub gather_rows: Option<Prepared<B>>,
     pub give_back: Vec<Prepared<B>>,
     pub share: Option<Prepared<B>>,
 }
@@ -43,12 +57,91 @@ pub(crate) struct Target<'a, B: Backend> {
     pub joint: Option<ViewMut<'a, B::Device>>,
 }
 
+/// How far the copies of one pass are queued.
+pub(crate) struct Copies<B: Backend> {
+    /// Behind this rank's own part of the blocks, by slot.
+    taken: [Option<Event<B>>; SLOTS],
+    /// Behind what came last.
+    collected: Option<Event<B>>,
+}
+
 impl<B: Backend> Ulysses<B> {
     /// Queues the all-to-all of group `g` towards heads; `sources` are, for each input, the shard and the joint tensor.
     ///
     /// Its slot is free: the exchange that gave back group `g - 2` is ahead of it on the same stream.
     pub fn gather(&self, run: &Run<'_, B>, g: usize, sources: &[View<'_, B::Device>]) -> Result<Event<B>> {
         run.exchange(&self.gather[g], sources)
+    }
+
+    /// Queues the all-to-all of lse and delta, of all groups, and the copies of this rank's own part; sources as those of
+    /// [`Ulysses::gather`].
+    pub fn gather_rows(&self, run: &Run<'_, B>, sources: &[View<'_, B::Device>]) -> Result<Event<B>> {
+        let rows = self.gather_rows.as_ref().ok_or_else(|| Error::invalid("backward", "it was not laid out"))?;
+        let gathered = run.exchange(rows, sources)?;
+        let heads = run.plan.cut.of_rank(run.plan.at.ulysses as usize);
+        let blocks: Vec<_> = self.layout.rows.iter().zip(ROWS).map(|(r, kind)| (kind, heads.clone(), *r)).collect();
+        take(run, run.compute, &blocks, sources)?;
+        Ok(gathered)
+    }
+
+    /// Queues copies of this rank's own part of the blocks of the first head groups.
+    pub fn first(&self, run: &Run<'_, B>, sources: &[View<'_, B::Device>]) -> Result<Copies<B>> {
+        let taken = [self.take(run, 0, sources)?, self.take(run, 1, sources)?];
+        Ok(Copies { taken, collected: None })
+    }
+
+    /// What reads the blocks of group `g` from now on waits for this rank's own part of them: attention, and the ring.
+    pub fn before(&self, run: &Run<'_, B>, g: usize, copies: &Copies<B>) -> Result<()> {
+        let taken = copies.taken[g % SLOTS].as_ref();
+        run.wait(run.compute, taken)?;
+        run.wait(run.transfer, taken)
+    }
+
+    /// Queues, behind the compute queued so far: the all-to-all of group `g` back to rows, and behind that of `rest`, which no
+    /// message waits for: this rank's own part of it, what came, and its own part of the group that has the slot next.
+    pub fn after(
+        &self,
+        run: &Run<'_, B>,
+        g: usize,
+        sources: &[View<'_, B::Device>],
+        targets: &[Target<'_, B>],
+        copies: &mut Copies<B>,
+        rest: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        run.order(run.compute, run.transfer)?;
+        // `packed` is free.
+        run.wait(run.transfer, copies.collected.as_ref())?;
+        let gave = run.exchange(&self.give_back[g], &self.results(run, g)?)?;
+        rest()?;
+        run.order(run.compute, run.aside)?;
+        run.aside("keep", g, || self.keep(run, g, targets))?;
+        copies.taken[g % SLOTS] = self.take(run, g + SLOTS, sources)?;
+        run.wait(run.aside, Some(&gave))?;
+        run.aside("collect", g, || self.collect(run, g, targets))?;
+        copies.collected = Some(run.record(run.aside)?);
+        Ok(())
+    }
+
+    /// Queues copies of this rank's own part of the blocks of group `g`, if there is one.
+    fn take(&self, run: &Run<'_, B>, g: usize, sources: &[View<'_, B::Device>]) -> Result<Option<Event<B>>> {
+        if g >= run.plan.cut.groups() {
+            return Ok(None);
+        }
+        let kinds = self.layout.inputs.iter().zip(&self.layout.slot(g).inputs);
+        let blocks = kinds.map(|(kind, region)| {
+            let block = region.with_extent(block_extent(run.plan, *kind, g))?;
+            Ok((*kind, kind.heads(run.plan, g).clone(), block))
+        });
+        let blocks = blocks.collect::<Result<Vec<_>>>()?;
+        run.aside("take", g, || take(run, run.aside, &blocks, sources))?;
+        run.record(run.aside).map(Some)
+    }
+
+    /// lse and delta of the block, the heads of group `g`.
+    pub fn rows<'a>(&self, run: &Run<'a, B>, g: usize) -> Result<Vec<View<'a, B::Device>>> {
+        let (mine, u) = (self.layout.rows.iter(), run.plan.at.ulysses as usize);
+        let (heads, first) = (&run.plan.cut.of(g, u).q, run.plan.cut.of_rank(u).start);
+        mine.map(|r| run.workspace.view(r)?.narrow(2, heads.start - first..heads.end - first)).collect()
     }
 
     /// The gathered blocks of group `g`.
@@ -68,34 +161,24 @@ impl<B: Backend> Ulysses<B> {
     /// Queues, before the first group: f32 sums of replicated KV heads start at 0.
     pub fn start(&self, run: &Run<'_, B>) -> Result<()> {
         for region in self.layout.sums.iter().filter(|r| !r.at.is_empty()) {
-            run.member.device.fill(run.transfer, 0.0, run.workspace.view_mut(region)?)?;
+            run.member.device.fill(run.aside, 0.0, run.workspace.view_mut(region)?)?;
         }
         Ok(())
     }
 
-    /// Queues the all-to-all of group `g` back to rows, behind the compute queued so far, and collects what came.
-    pub fn give_back(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
-        run.order(run.compute, run.transfer)?;
-        let outputs = self.outputs(run, g)?;
-        let sources: Vec<_> = outputs.iter().map(ViewMut::read).collect();
-        run.keep(g, || self.keep(run, g, &sources, targets))?;
-        run.exchange(&self.give_back[g], &sources)?;
-        run.collect(g, || self.collect(run, g, targets))
+    /// The results of the block of group `g`.
+    fn results<'a>(&self, run: &Run<'a, B>, g: usize) -> Result<Vec<View<'a, B::Device>>> {
+        Ok(self.outputs(run, g)?.iter().map(ViewMut::read).collect())
     }
 
     /// Copies this rank's own part of the results of group `g`.
-    fn keep(
-        &self,
-        run: &Run<'_, B>,
-        g: usize,
-        results: &[View<'_, B::Device>],
-        targets: &[Target<'_, B>],
-    ) -> Result<()> {
+    fn keep(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
+        let results = self.results(run, g)?;
         for (i, kind) in self.layout.outputs.iter().enumerate().filter(|(i, _)| self.sum(*i).is_none()) {
             let heads = kind.heads(run.plan, g);
             for (part, segment) in kind.rows(run.plan).segments(run.plan.at).into_iter().enumerate() {
                 if let Some(into) = self.own(run, i, part, targets)? {
-                    run.copy(run.compute, results[i].narrow(1, segment.block)?, into.narrow(2, heads.clone())?)?;
+                    run.copy(run.aside, results[i].narrow(1, segment.block)?, into.narrow(2, heads.clone())?)?;
                 }
             }
         }
@@ -105,7 +188,7 @@ impl<B: Backend> Ulysses<B> {
     fn collect(&self, run: &Run<'_, B>, g: usize, targets: &[Target<'_, B>]) -> Result<()> {
         let plan = run.plan;
         for (i, kind) in self.layout.outputs.iter().enumerate() {
-            let (places, heads) = plan.cut.packed(g, kind.which);
+            let (places, heads) = packed_heads(plan, g, *kind);
             let [batch, rows, _, dim] = self.layout.packed[i].at.extent();
             let packed = run.workspace.view(&self.layout.packed[i].with_extent([batch, rows, heads, dim])?)?;
             let summed = self.sum(i).is_some();
@@ -116,9 +199,9 @@ impl<B: Backend> Ulysses<B> {
                     let came = packed.narrow(1, rows.clone())?.narrow(2, place.clone())?;
                     if let Some(sum) = self.sum(i) {
                         let sum = run.workspace.view_mut(sum)?.narrow(1, rows)?.narrow(2, of_rank.clone())?;
-                        run.accumulate(run.transfer, sum, &[sum.read(), came])?;
+                        run.accumulate(run.aside, sum, &[sum.read(), came])?;
                     } else if let Some(into) = self.own(run, i, part, targets)? {
-                        run.copy(run.transfer, came, into.narrow(2, of_rank.clone())?)?;
+                        run.copy(run.aside, came, into.narrow(2, of_rank.clone())?)?;
                     }
                 }
             }
@@ -129,14 +212,13 @@ impl<B: Backend> Ulysses<B> {
     /// Queues, after the last group: sums are rounded, joint rows are shared.
     pub fn finish(&self, run: &Run<'_, B>, targets: &[Target<'_, B>]) -> Result<()> {
         if !self.layout.sums.is_empty() {
-            run.collect(run.plan.cut.groups() - 1, || self.round(run, targets))?;
+            run.aside("collect", run.plan.cut.groups() - 1, || self.round(run, targets))?;
         }
         let (Some(joint), Some(share)) = (&self.layout.joint, &self.share) else {
             return Ok(());
         };
         let own = joint.own.iter().map(|r| run.workspace.view(r)).collect::<Result<Vec<_>>>()?;
-        // Some of them were kept on the compute stream.
-        run.order(run.compute, run.transfer)?;
+        run.order(run.aside, run.transfer)?;
         run.exchange(share, &own)?;
         for (all, target) in joint.all.iter().zip(targets) {
             run.copy(run.transfer, run.workspace.view(all)?, target.joint.ok_or_else(|| missing("joint"))?)?;
@@ -149,7 +231,7 @@ impl<B: Backend> Ulysses<B> {
             let Some(sum) = self.sum(i) else { continue };
             for (part, rows) in local_parts(run.plan, *kind).into_iter().enumerate() {
                 if let Some(into) = self.own(run, i, part, targets)? {
-                    run.accumulate(run.transfer, into, &[run.workspace.view(sum)?.narrow(1, rows)?])?;
+                    run.accumulate(run.aside, into, &[run.workspace.view(sum)?.narrow(1, rows)?])?;
                 }
             }
         }
@@ -157,7 +239,7 @@ impl<B: Backend> Ulysses<B> {
     }
 
     /// The f32 sum of output `i`, where its heads are replicated.
-    fn sum(&self, i: usize) -> Option<&crate::workspace::Region> {
+    fn sum(&self, i: usize) -> Option<&Region> {
         if self.layout.sums.is_empty() { None } else { i.checked_sub(1).and_then(|i| self.layout.sums.get(i)) }
     }
 
@@ -175,4 +257,22 @@ impl<B: Backend> Ulysses<B> {
             (_, None) => Ok(None),
         }
     }
+}
+
+/// Copies this rank's own rows and heads of `sources` to its blocks.
+fn take<B: Backend>(
+    run: &Run<'_, B>,
+    on: &Stream<B>,
+    blocks: &[(Kind, Range<usize>, Region)],
+    sources: &[View<'_, B::Device>],
+) -> Result<()> {
+    for (i, (kind, heads, block)) in blocks.iter().enumerate() {
+        let block = run.workspace.view_mut(block)?;
+        for (part, Segment { block: rows, source }) in kind.rows(run.plan).segments(run.plan.at).into_iter().enumerate()
+        {
+            let from = sources[2 * i + part].narrow(1, source)?.narrow(2, heads.clone())?;
+            run.copy(on, from, block.narrow(1, rows)?)?;
+        }
+    }
+    Ok(())
 }

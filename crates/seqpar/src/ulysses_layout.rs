@@ -46,21 +46,21 @@ impl Kind {
     }
 }
 
-/// What a forward (q, k, v) or a backward (also dout, lse, delta) gathers.
-pub(crate) fn inputs(plan: &Plan, backward: bool) -> Vec<Kind> {
+/// What a forward (q, k, v) or a backward (also dout) gathers of a head group.
+fn inputs(plan: &Plan, backward: bool) -> Vec<Kind> {
     use Which::{Kv, Query};
     let p = &plan.problem;
     let kind = |which, dim, dtype| Kind { which, dim, dtype };
     let mut kinds =
         vec![kind(Query, p.head_dim, p.dtype), kind(Kv, p.head_dim, p.dtype), kind(Kv, p.head_dim_v, p.dtype)];
     if backward {
-        kinds.extend([kind(Query, p.head_dim_v, p.dtype), kind(Query, 1, DType::F32), kind(Query, 1, DType::F32)]);
+        kinds.push(kind(Query, p.head_dim_v, p.dtype));
     }
     kinds
 }
 
 /// What comes back: out and lse, or dq, dk and dv (f32 where heads are replicated).
-pub(crate) fn outputs(plan: &Plan, backward: bool) -> Vec<Kind> {
+fn outputs(plan: &Plan, backward: bool) -> Vec<Kind> {
     use Which::{Kv, Query};
     let p = &plan.problem;
     let kind = |which, dim, dtype| Kind { which, dim, dtype };
@@ -70,6 +70,12 @@ pub(crate) fn outputs(plan: &Plan, backward: bool) -> Vec<Kind> {
     let shared = if plan.cut.replicates() { DType::F32 } else { p.dtype };
     vec![kind(Query, p.head_dim, p.dtype), kind(Kv, p.head_dim, shared), kind(Kv, p.head_dim_v, shared)]
 }
+
+/// lse and delta.
+pub(crate) const ROWS: [Kind; 2] = [Kind { which: Which::Query, dim: 1, dtype: DType::F32 }; 2];
+
+/// Head groups in flight: one travels while the other computes.
+pub(crate) const SLOTS: usize = 2;
 
 /// The memory of one head group in flight.
 #[derive(Clone, Debug)]
@@ -98,6 +104,8 @@ pub(crate) struct Gathering {
     pub outputs: Vec<Kind>,
     /// Two where there are several head groups, so that one travels while the other computes.
     pub slots: Vec<Slot>,
+    /// lse and delta of the block for a backward, this rank's heads of all groups, in the window.
+    pub rows: Vec<Region>,
     /// Results of the group that came back, heads packed in rank order, in the window.
     pub packed: Vec<Region>,
     /// f32 sums of dk and dv over all heads, where KV heads are replicated.
@@ -105,6 +113,7 @@ pub(crate) struct Gathering {
     pub joint: Option<Joint>,
     /// By head group.
     pub gather: Vec<Messages>,
+    pub gather_rows: Option<Messages>,
     /// By head group.
     pub give_back: Vec<Messages>,
 }
@@ -114,13 +123,15 @@ impl Gathering {
     pub fn new(plan: &Plan, backward: bool, arena: &mut Arena) -> Result<Self> {
         let (inputs, outputs) = (inputs(plan, backward), outputs(plan, backward));
         let groups = 0..plan.cut.groups();
-        let slots =
-            (0..groups.len().min(2)).map(|_| slot(plan, &inputs, &outputs, arena)).collect::<Result<Vec<_>>>()?;
+        let slots = (0..groups.len().min(SLOTS)).map(|i| slot(plan, i, &inputs, &outputs, arena));
+        let slots = slots.collect::<Result<Vec<_>>>()?;
+        let (rows, gather_rows) =
+            if backward { gather_rows(plan, arena).map(|(r, m)| (r, Some(m)))? } else { (Vec::new(), None) };
         let batch = plan.problem.batch;
         let packed = outputs
             .iter()
             .map(|k| {
-                let heads = groups.clone().map(|g| plan.cut.packed(g, k.which).1).max().unwrap_or(0);
+                let heads = groups.clone().map(|g| packed_heads(plan, g, *k).1).max().unwrap_or(0);
                 arena.take(Place::Window, k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
             })
             .collect::<Result<Vec<_>>>()?;
@@ -130,15 +141,19 @@ impl Gathering {
             sums.push(arena.take(Place::Buffer, DType::F32, extent)?);
         }
         let joint = if plan.problem.joint > 0 { Some(joint(plan, &outputs, backward, arena)?) } else { None };
-        let gather =
-            groups.clone().map(|g| gather(plan, g, &inputs, &slots[g % slots.len()].inputs)).collect::<Result<_>>()?;
+        let gather = groups.clone().map(|g| {
+            let blocks = inputs.iter().zip(&slots[g % SLOTS].inputs);
+            let blocks = blocks.map(|(k, r)| r.with_extent(block_extent(plan, *k, g))).collect::<Result<Vec<_>>>()?;
+            gather(plan, &inputs, |which, u| which.of(plan.cut.of(g, u)).clone(), &blocks)
+        });
+        let gather = gather.collect::<Result<_>>()?;
         let give_back = groups.map(|g| give_back(plan, g, &outputs, &packed)).collect::<Result<_>>()?;
-        Ok(Self { inputs, outputs, slots, packed, sums, joint, gather, give_back })
+        Ok(Self { inputs, outputs, slots, rows, packed, sums, joint, gather, gather_rows, give_back })
     }
 
     /// Slot of head group `g`.
     pub fn slot(&self, g: usize) -> &Slot {
-        &self.slots[g % self.slots.len()]
+        &self.slots[g % SLOTS]
     }
 }
 
@@ -158,13 +173,21 @@ pub(crate) fn block_extent(plan: &Plan, kind: Kind, g: usize) -> [usize; 4] {
     [plan.problem.batch, kind.rows(plan).block(plan.at.ring), kind.heads(plan, g).len(), kind.dim]
 }
 
-fn slot(plan: &Plan, inputs: &[Kind], outputs: &[Kind], arena: &mut Arena) -> Result<Slot> {
+/// Where the heads of each rank lie in `packed`, and their number. The own ones are not packed where nothing is summed.
+pub(crate) fn packed_heads(plan: &Plan, g: usize, kind: Kind) -> (Vec<Range<usize>>, usize) {
+    let own = plan.at.ulysses as usize;
+    plan.cut.packed(g, kind.which, |u| u != own || kind.summed(plan))
+}
+
+/// Slot `i`: for the groups that use it.
+fn slot(plan: &Plan, i: usize, inputs: &[Kind], outputs: &[Kind], arena: &mut Arena) -> Result<Slot> {
+    let groups = || (i..plan.cut.groups()).step_by(SLOTS);
     let mut largest = |kinds: &[Kind], place| {
         kinds
             .iter()
             .map(|k| {
                 let mut extent = block_extent(plan, *k, 0);
-                extent[2] = (0..plan.cut.groups()).map(|g| k.heads(plan, g).len()).max().unwrap_or(0);
+                extent[2] = groups().map(|g| k.heads(plan, g).len()).max().unwrap_or(0);
                 arena.take(place, k.dtype, extent)
             })
             .collect::<Result<Vec<_>>>()
@@ -180,12 +203,26 @@ fn peers(plan: &Plan) -> impl Iterator<Item = (usize, Coords, u32)> {
     })
 }
 
-/// Sources are, for each input, the caller's shard and the joint tensor.
-fn gather(plan: &Plan, g: usize, kinds: &[Kind], blocks: &[Region]) -> Result<Messages> {
+/// lse and delta of the block, and the messages that bring them: once a pass, for all head groups.
+fn gather_rows(plan: &Plan, arena: &mut Arena) -> Result<(Vec<Region>, Messages)> {
+    let own = plan.cut.of_rank(plan.at.ulysses as usize).len();
+    let mut take = || arena.take(Place::Window, DType::F32, [plan.problem.batch, plan.q_block(), own, 1]);
+    let blocks = vec![take()?, take()?];
+    let messages = gather(plan, &ROWS, |_, u| plan.cut.of_rank(u), &blocks)?;
+    Ok((blocks, messages))
+}
+
+/// Each other rank `u` gets its heads, `of(kind, u)`. Sources are, for each input, the shard and the joint tensor.
+fn gather(
+    plan: &Plan,
+    kinds: &[Kind],
+    of: impl Fn(Which, usize) -> Range<usize>,
+    blocks: &[Region],
+) -> Result<Messages> {
     let mut messages = Messages::default();
-    for (u, at, peer) in peers(plan) {
+    for (u, at, peer) in peers(plan).filter(|(_, at, _)| *at != plan.at) {
         for (i, kind) in kinds.iter().enumerate() {
-            let heads = kind.which.of(plan.cut.of(g, u));
+            let heads = of(kind.which, u);
             for (part, Segment { source, .. }) in kind.rows(plan).segments(plan.at).into_iter().enumerate() {
                 messages.sends.push(Send {
                     to: peer,
@@ -196,9 +233,8 @@ fn gather(plan: &Plan, g: usize, kinds: &[Kind], blocks: &[Region]) -> Result<Me
                     heads: heads.clone(),
                 });
             }
-            let block = blocks[i].with_extent(block_extent(plan, *kind, g))?;
             for Segment { block: rows, .. } in kind.rows(plan).segments(at) {
-                messages.recvs.push(Recv { from: peer, into: block.rows(rows)? });
+                messages.recvs.push(Recv { from: peer, into: blocks[i].rows(rows)? });
             }
         }
     }
@@ -222,7 +258,7 @@ fn give_back(plan: &Plan, g: usize, kinds: &[Kind], packed: &[Region]) -> Result
                     heads: 0..mine,
                 });
             }
-            let (places, heads) = plan.cut.packed(g, kind.which);
+            let (places, heads) = packed_heads(plan, g, *kind);
             let region = packed[i].with_extent([batch, local_rows(plan, *kind), heads, kind.dim])?;
             for rows in local_parts(plan, *kind) {
                 messages.recvs.push(Recv { from: peer, into: region.part(rows, places[u].clone())? });

@@ -4,10 +4,11 @@
 //! forward:  gather(0)
 //!           for each head group g:
 //!               ring over the blocks of g            beside it: gather(g + 1)
-//!               give back out, lse of g              beside it: the ring of g + 1
+//!               give back out, lse of g              beside it: the ring of g + 1, or own rows of the last group
 //!           share joint rows
-//! backward: delta = rowsum(dout * out) - dlse, dsinks: on the shard, so `out` never travels
-//!           the same loop with dout, lse and delta gathered too, and dq, dk, dv given back
+//! backward: delta = rowsum(dout * out) - dlse, dsinks: on the shard, so `out` never travels; beside it: gather(0)
+//!           gather lse and delta, of all head groups
+//!           the same loop with dout gathered too, and dq, dk, dv given back
 //! ```
 //!
 //! With U = 1 and no joint tokens nothing is gathered and kernels read the caller's tensors; with R = 1 nothing hops.
@@ -16,12 +17,12 @@
 use std::cell::RefCell;
 
 use longspan_hal::{
-    Attention, Backend, Collective, DType, Device, Error, Extent, Extras, Prepare, Priority, Result, Slices, View,
-    ViewMut,
+    Attention, Backend, Collective, DType, Device, Error, Extent, Extras, Prepare, Priority, Result, View, ViewMut,
 };
 
+use crate::kernels::KernelPlans;
 use crate::pass::{Pass, PassLayout};
-use crate::ring::{Circling, KernelPlans};
+use crate::ring::Circling;
 use crate::run::{Run, Stream, missing};
 use crate::trace::Trace;
 use crate::ulysses::Target;
@@ -86,8 +87,8 @@ pub struct Gradients<'a, D: Device> {
     pub dsinks: Option<ViewMut<'a, D>>,
 }
 
-/// The caller's stream and that of transfers.
-const STREAMS: usize = 2;
+/// The caller's stream, that of transfers, and that of copies beside both.
+const STREAMS: usize = 3;
 
 /// One rank's attention, ready to run any number of times (all layers of a model share it).
 #[derive(Debug)]
@@ -97,6 +98,7 @@ pub struct Usp<B: Backend> {
     scratch: Option<Buffer<B>>,
     bytes: Bytes,
     transfer: Stream<B>,
+    aside: Stream<B>,
     kernels: KernelPlans<B>,
     forward: Pass<B>,
     backward: Option<Pass<B>>,
@@ -126,19 +128,20 @@ impl<B: Backend> Usp<B> {
                 ),
             ));
         }
-        let (kernels, scratch_bytes, list_bytes) = plan_kernels(member, on, &plan)?;
+        let (kernels, scratch_bytes, list_bytes) = KernelPlans::new(member, on, &plan)?;
         let forward = PassLayout::new(&plan, false)?;
         let backward = if plan.problem.backward { Some(PassLayout::new(&plan, true)?) } else { None };
         let mut bytes = plan.bytes()?;
         let workspace = Workspace { window: member.collective.window(bytes.window)?, buffer: memory(bytes.buffer)? };
         let scratch = if scratch_bytes > 0 { Some(memory(scratch_bytes)?) } else { None };
         let transfer = member.device.stream(Priority::High)?;
+        let aside = member.device.stream(Priority::High)?;
         let forward = Pass::prepare(forward, member, &workspace)?;
         let backward = backward.map(|b| Pass::prepare(b, member, &workspace)).transpose()?;
         bytes.buffer += scratch_bytes + list_bytes;
         bytes.held = member.attention.held_bytes(STREAMS);
         bytes.staging = forward.staging(member) + backward.as_ref().map_or(0, |b| b.staging(member));
-        Ok(Self { plan, workspace, scratch, bytes, transfer, kernels, forward, backward })
+        Ok(Self { plan, workspace, scratch, bytes, transfer, aside, kernels, forward, backward })
     }
 
     /// The plan.
@@ -154,11 +157,7 @@ impl<B: Backend> Usp<B> {
 
     /// Names of the kernels that a forward (or backward) runs, each once.
     pub fn kernels(&self, member: &Member<B>, backward: bool) -> Vec<String> {
-        let mut names: Vec<String> =
-            self.kernels.iter().flatten().flat_map(|plan| member.attention.kernels(plan, backward)).collect();
-        names.sort();
-        names.dedup();
-        names
+        self.kernels.names(member, backward)
     }
 
     /// Queues a forward on the caller's stream.
@@ -216,8 +215,10 @@ impl<B: Backend> Usp<B> {
         let sources = [inputs.q, joint[0], inputs.k, joint[1], inputs.v, joint[2]];
         let targets = targets([outputs.out, outputs.lse], outputs.joint);
         let mut gathered = Some(ulysses.gather(run, 0, &sources)?);
+        let mut copies = ulysses.first(run, &sources)?;
         for g in 0..self.plan.cut.groups() {
             run.wait(run.compute, gathered.take().as_ref())?;
+            ulysses.before(run, g, &copies)?;
             let (blocks, results) = (ulysses.inputs(run, g)?, ulysses.outputs(run, g)?);
             ring.forward(g, [blocks[0], blocks[1], blocks[2]], [results[0], results[1]], inputs.extras, &mut || {
                 if g + 1 < self.plan.cut.groups() {
@@ -225,7 +226,9 @@ impl<B: Backend> Usp<B> {
                 }
                 Ok(())
             })?;
-            ulysses.give_back(run, g, &targets)?;
+            ulysses.after(run, g, &sources, &targets, &mut copies, || {
+                ring.own_rows(g, [blocks[0], blocks[1], blocks[2]], [results[0], results[1]], inputs.extras)
+            })?;
         }
         ulysses.finish(run, &targets)
     }
@@ -256,18 +259,14 @@ impl<B: Backend> Usp<B> {
         }
         inputs.check_backward(rows, joint, gradients)?;
         let run = self.run(member, on, true, trace);
-        let delta = self.queue_delta(&run, pass, inputs, rows, joint)?;
-        run.forked(|| {
-            self.queue_sinks(&run, pass, gradients)?;
-            self.queue_backward(&run, pass, inputs, rows, joint, delta, gradients)
-        })
+        run.forked(|| self.queue_backward(&run, pass, inputs, rows, joint, gradients))
     }
 
     /// delta of the shard and of this rank's joint rows, and their parts of dsinks.
     fn queue_delta<'a>(
-        &'a self,
+        &self,
         run: &Run<'a, B>,
-        pass: &'a Pass<B>,
+        pass: &Pass<B>,
         inputs: &Inputs<'_, B::Device>,
         rows: &OutputRows<'_, B::Device>,
         joint: Option<&OutputRows<'_, B::Device>>,
@@ -300,6 +299,24 @@ impl<B: Backend> Usp<B> {
         Ok([shard_delta.read(), joint_delta.read()])
     }
 
+    /// The caller's lse, of the shard and of the joint rows, copied to lie as delta does.
+    fn queue_lse<'a>(
+        &self,
+        run: &Run<'a, B>,
+        pass: &Pass<B>,
+        rows: &OutputRows<'_, B::Device>,
+        joint: Option<&OutputRows<'_, B::Device>>,
+    ) -> Result<[View<'a, B::Device>; 2]> {
+        let layout = pass.rows.as_ref().and_then(|r| r.lse.as_ref());
+        let [shard, of_joint] = layout.ok_or_else(|| Error::invalid("backward", "it was not laid out"))?;
+        let [shard, of_joint] = [run.workspace.view_mut(shard)?, run.workspace.view_mut(of_joint)?];
+        run.copy(run.compute, rows.lse, shard)?;
+        if let Some(joint) = joint {
+            run.copy(run.compute, joint.lse, of_joint)?;
+        }
+        Ok([shard.read(), of_joint.read()])
+    }
+
     /// Parts of dsinks go to every rank, which sums them in rank order.
     fn queue_sinks(&self, run: &Run<'_, B>, pass: &Pass<B>, gradients: &Gradients<'_, B::Device>) -> Result<()> {
         let sinks = pass.rows.as_ref().and_then(|r| r.sinks.as_ref());
@@ -307,11 +324,13 @@ impl<B: Backend> Usp<B> {
             return Ok(());
         };
         let view = |r: &Region| run.workspace.view(r);
+        run.order(run.compute, run.transfer)?;
         run.exchange(share, &[view(&sinks.parts[0])?, view(&sinks.parts[1])?])?;
         let all = view(&sinks.all)?;
-        let terms = (0..all.extent()[1]).map(|i| all.narrow(1, i..i + 1)).collect::<Result<Vec<_>>>()?;
+        let terms = (0..all.extent()[0]).map(|i| all.narrow(0, i..i + 1)).collect::<Result<Vec<_>>>()?;
         let dsinks = gradients.dsinks.ok_or_else(|| missing("dsinks"))?;
-        run.collect(0, || run.accumulate(run.transfer, dsinks, &terms))
+        run.order(run.transfer, run.aside)?;
+        run.aside("collect", 0, || run.accumulate(run.aside, dsinks, &terms))
     }
 
     fn queue_backward(
@@ -321,13 +340,14 @@ impl<B: Backend> Usp<B> {
         inputs: &Inputs<'_, B::Device>,
         rows: &OutputRows<'_, B::Device>,
         joint: Option<&OutputRows<'_, B::Device>>,
-        delta: [View<'_, B::Device>; 2],
         gradients: &Gradients<'_, B::Device>,
     ) -> Result<()> {
         let groups = self.plan.cut.groups();
         let extras = Extras { sinks: inputs.extras.sinks, ..inputs.extras };
         let mut ring = Circling::new(run, pass.ring.as_ref(), &self.kernels);
         let Some(ulysses) = &pass.ulysses else {
+            let delta = self.queue_delta(run, pass, inputs, rows, joint)?;
+            self.queue_sinks(run, pass, gradients)?;
             for g in 0..groups {
                 let heads = self.plan.cut.of(g, 0);
                 let (q, kv) = (heads.q.clone(), heads.kv.clone());
@@ -342,23 +362,28 @@ impl<B: Backend> Usp<B> {
             return Ok(());
         };
         let j = inputs.joint.unwrap_or([inputs.q, inputs.k, inputs.v]);
-        let (jdout, jlse) = joint.map_or((rows.dout, rows.lse), |j| (j.dout, j.lse));
-        let sources =
-            [inputs.q, j[0], inputs.k, j[1], inputs.v, j[2], rows.dout, jdout, rows.lse, jlse, delta[0], delta[1]];
+        let sources = [inputs.q, j[0], inputs.k, j[1], inputs.v, j[2], rows.dout, joint.map_or(rows.dout, |j| j.dout)];
         let targets = targets([gradients.dq, gradients.dk, gradients.dv], gradients.joint);
         ulysses.start(run)?;
-        let mut gathered = Some(ulysses.gather(run, 0, &sources)?);
+        ulysses.gather(run, 0, &sources)?;
+        let mut copies = ulysses.first(run, &sources)?;
+        let delta = self.queue_delta(run, pass, inputs, rows, joint)?;
+        let lse = self.queue_lse(run, pass, rows, joint)?;
+        self.queue_sinks(run, pass, gradients)?;
+        run.order(run.compute, run.transfer)?;
+        let mut gathered = Some(ulysses.gather_rows(run, &[lse[0], lse[1], delta[0], delta[1]])?);
         for g in 0..groups {
             run.wait(run.compute, gathered.take().as_ref())?;
-            let (b, r) = (ulysses.inputs(run, g)?, ulysses.outputs(run, g)?);
+            ulysses.before(run, g, &copies)?;
+            let (b, s, r) = (ulysses.inputs(run, g)?, ulysses.rows(run, g)?, ulysses.outputs(run, g)?);
             let sum = self.dq_sum(run, pass, g)?;
-            ring.backward(g, [b[0], b[1], b[2]], [b[3], b[4], b[5]], [r[0], r[1], r[2]], sum, extras, &mut || {
+            ring.backward(g, [b[0], b[1], b[2]], [b[3], s[0], s[1]], [r[0], r[1], r[2]], sum, extras, &mut || {
                 if g + 1 < groups {
                     gathered = Some(ulysses.gather(run, g + 1, &sources)?);
                 }
                 Ok(())
             })?;
-            ulysses.give_back(run, g, &targets)?;
+            ulysses.after(run, g, &sources, &targets, &mut copies, || Ok(()))?;
         }
         ulysses.finish(run, &targets)
     }
@@ -387,6 +412,7 @@ impl<B: Backend> Usp<B> {
             scratch: self.scratch.as_ref(),
             compute: on,
             transfer: &self.transfer,
+            aside: &self.aside,
             backward,
             trace: RefCell::new(trace),
         }
@@ -437,26 +463,6 @@ impl<B: Backend> Usp<B> {
         }
         dsinks.map_or(Ok(()), |d| expect("dsinks", d.dtype(), d.extent(), DType::F32, [1, 1, p.heads, 1]))
     }
-}
-
-/// Kernel plans by head group and step, the scratch that the largest call needs, and the bytes of all plans.
-fn plan_kernels<B: Backend>(member: &Member<B>, on: &Stream<B>, plan: &Plan) -> Result<(KernelPlans<B>, usize, usize)> {
-    let (mut scratch, mut lists) = (0, 0);
-    let mut groups = Vec::with_capacity(plan.cut.groups());
-    for g in 0..plan.cut.groups() {
-        let mut steps = Vec::with_capacity(plan.legs.len());
-        for (t, leg) in plan.legs.iter().enumerate() {
-            let spec = plan.spec(g, t);
-            member.attention.supports(&spec)?;
-            let slices = Slices::new(&spec, leg.slices.iter().cloned())?;
-            let kernel = member.attention.plan(on, &spec, &slices)?;
-            scratch = scratch.max(member.attention.scratch_bytes(&kernel));
-            lists += member.attention.plan_bytes(&kernel);
-            steps.push(kernel);
-        }
-        groups.push(steps);
-    }
-    Ok((groups, scratch, lists))
 }
 
 fn targets<'a, B: Backend, const N: usize>(

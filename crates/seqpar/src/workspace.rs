@@ -1,7 +1,7 @@
 //! Memory of one rank, laid out before anything runs.
 //!
-//! Two allocations: the *window*, which peers write, and the *buffer*, which they do not. Regions are dense tensors at fixed
-//! offsets in them. Forward and backward never run at the same time, so each is laid out from the start and the sizes are
+//! Two allocations: the *window*, which peers write, and the *buffer*, which they do not. Regions are tensors without gaps at
+//! fixed offsets in them. Forward and backward never run at the same time, so each is laid out from the start and the sizes are
 //! the larger of both: exact, and known before the run.
 
 use std::ops::Range;
@@ -49,7 +49,7 @@ pub(crate) enum Place {
     Window,
 }
 
-/// A dense tensor in one of the two allocations.
+/// A tensor without gaps in one of the two allocations.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Region {
     pub place: Place,
@@ -57,10 +57,10 @@ pub(crate) struct Region {
 }
 
 impl Region {
-    /// The dense tensor of another, not larger, extent at the same start.
+    /// The tensor of another, not larger, extent at the same start.
     pub fn with_extent(&self, extent: Extent) -> Result<Self> {
         let size = self.at.dtype().size();
-        let at = Strided::dense(self.at.dtype(), extent).shifted(self.at.byte_range().start / size)?;
+        let at = lying(self.at.dtype(), extent).shifted(self.at.byte_range().start / size)?;
         Ok(Self { place: self.place, at })
     }
 
@@ -75,6 +75,12 @@ impl Region {
     }
 }
 
+/// How a tensor without gaps lies: row after row, but row statistics head after head, so that a cut of heads is whole lines of
+/// them and not 4 bytes here and there.
+fn lying(dtype: DType, extent: Extent) -> Strided {
+    if extent[3] == 1 { Strided::dense_bhsd(dtype, extent) } else { Strided::dense(dtype, extent) }
+}
+
 /// Hands out regions one after the other.
 #[derive(Debug, Default)]
 pub(crate) struct Arena {
@@ -82,13 +88,13 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
-    /// A region for a dense tensor.
+    /// A region for a tensor without gaps.
     pub fn take(&mut self, place: Place, dtype: DType, extent: Extent) -> Result<Region> {
         let next = match place {
             Place::Buffer => &mut self.bytes.buffer,
             Place::Window => &mut self.bytes.window,
         };
-        let at = Strided::dense(dtype, extent).shifted(*next / dtype.size())?;
+        let at = lying(dtype, extent).shifted(*next / dtype.size())?;
         let end = at.byte_range().end.checked_next_multiple_of(ALIGN);
         *next = end.ok_or_else(|| Error::invalid("problem", "its memory overflows the address space"))?;
         Ok(Region { place, at })

@@ -114,7 +114,7 @@ fn problem(args: &Bench) -> Result<Problem> {
     .with_sinks(options.sinks)
     .with_dropout(options.dropout)
     .with_deterministic(options.deterministic)
-    .with_head_groups(options.head_groups as usize)
+    .with_head_groups(options.head_groups.map(|n| n as usize))
     .with_backward(args.backward);
     problem.check()?;
     if args.packed && problem.head_dim != problem.head_dim_v {

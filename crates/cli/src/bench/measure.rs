@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use longspan::{DeviceInfo, DeviceReport, Engine, Error, Extra, Pass, Peak, Plan, Problem, Traffic, Work};
+use longspan::{DeviceInfo, DeviceReport, Engine, Error, Extra, Pass, Peak, Plan, Problem, Traffic, Work, head_groups};
 
 use crate::args::Bench;
 use crate::bench::cases::Case;
@@ -162,6 +162,7 @@ impl<'a> Bencher<'a> {
             seq: case.seq(),
             ulysses: case.mesh().ulysses(),
             ring: case.mesh().ring(),
+            head_groups: head_groups(&case.problem, case.mesh(), [case.seq(), case.seq()]),
             devices,
             packed: case.packed,
             pass: name(pass).to_owned(),

@@ -64,8 +64,8 @@ pub struct Shape {
     pub layout: String,
     /// Which ranks are neighbours.
     pub placement: String,
-    /// Head groups of the all-to-all.
-    pub head_groups: usize,
+    /// Head groups of the all-to-all, where they were given.
+    pub head_groups: Option<usize>,
     /// Other options that were on, by the names of the command line.
     pub options: Vec<String>,
 }
@@ -90,6 +90,8 @@ pub struct Row {
     pub ulysses: u32,
     /// Blocks.
     pub ring: u32,
+    /// Head groups of the all-to-all, given or chosen.
+    pub head_groups: usize,
     /// Devices that the ranks were on.
     pub devices: usize,
     /// Whether q, k and v were heads of one tensor.

@@ -28,7 +28,7 @@ pub fn cells(row: &Row) -> [String; 13] {
     let share = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{:.1} %", 100.0 * x));
     [
         row.seq.to_string(),
-        row.cut(),
+        if row.head_groups > 1 { format!("{}, {} groups", row.cut(), row.head_groups) } else { row.cut() },
         if row.packed { "packed" } else { "apart" }.to_owned(),
         row.pass.clone(),
         time(std::time::Duration::from_secs_f64(row.median_s)),
@@ -61,9 +61,7 @@ pub fn facts(report: &Report) -> Vec<(&'static str, String)> {
         ("cut", format!("{} mask, {} layout, {}", p.mask, p.layout, p.placement)),
     ];
     let mut options = p.options.clone();
-    if p.head_groups > 1 {
-        options.push(format!("{} head groups", p.head_groups));
-    }
+    options.extend(p.head_groups.filter(|n| *n > 1).map(|n| format!("{n} head groups")));
     if !options.is_empty() {
         facts.push(("options", options.join(", ")));
     }

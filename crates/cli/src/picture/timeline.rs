@@ -42,7 +42,7 @@ fn head(svg: &mut Svg, record: &Record) -> f64 {
     let words = [
         ("c0", "compute: attention and sums"),
         ("c1", "exchange between ranks, with waiting for them"),
-        ("c2", "collect: copies and sums of what came"),
+        ("c2", "copies and sums within the rank"),
         ("lane", "idle"),
     ];
     for (class, what) in words {
@@ -101,7 +101,8 @@ fn bars(svg: &mut Svg, record: &Record, rank: usize, backward: bool, scale: &Sca
     for span in spans {
         let (x, right) = (scale.at(span.start), scale.at(span.end));
         let (class, y, h) = match span.work {
-            Work::Collect => ("c2", y + compute + 1.0, transfer - 1.0),
+            // Perhaps beside an exchange.
+            Work::Collect => ("c2", y + compute + 0.5 + transfer / 2.0, (transfer - 1.0) / 2.0),
             Work::Compute => ("c0", y, compute),
             Work::Exchange => ("c1", y + compute + 1.0, transfer - 1.0),
         };
