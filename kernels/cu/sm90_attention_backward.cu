@@ -15,8 +15,8 @@
 //         dQ of block n - 1 goes to shared memory for the adder
 //     write or add dK and dV
 //
-// So a group never waits for what the other one does at the same time, but for its turn. Where registers don't allow it (AHEAD 0),
-// S^T is started with dP^T of its block, and dQ of the block when both groups have written dS^T.
+// So a group never waits for what the other one does at the same time, but for its turn. Where registers don't allow it
+// (AHEAD 0), S^T is started with dP^T of its block, and dQ of the block when both groups have written dS^T.
 //
 // Rows of Q, dout, K, V past a piece or tile may hold anything: the copier zeroes them. (Shah et al., FlashAttention-3, 2024.)
 //
@@ -365,10 +365,8 @@ struct Consumer {
             tile = &work.tile;
             head = ~0u;
             barrier_wait(base + FULL_KV, n & 1);
-            if (work.state == BUSY)
-                gather_all(dk, dv);
-            else
-                arrive(FREE_KV);
+            if (work.state == BUSY) gather_all(dk, dv);
+            if (work.state != BUSY) arrive(FREE_KV);  // not `else`: the compiler would take the loop for divergent
             const bool add_k = p.add & 1, add_v = p.add & 2;
             const int row = 64 * group + 16 * warp + here() / 4;
             if (work.state == BUSY || !add_k)

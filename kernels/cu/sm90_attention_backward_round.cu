@@ -1,5 +1,5 @@
-// dq of its f32 sums as sm90_attention_backward.cu leaves them with DQ_QUADS: without the scale, the quads of every 32 columns in
-// the order 0 2 4 6 1 3 5 7.
+// dq of its f32 sums as sm90_attention_backward.cu leaves them with DQ_QUADS: without the scale, the quads of every 32 columns
+// in the order 0 2 4 6 1 3 5 7.
 //
 //   round_dq    dq = round(scale * sums); a thread takes 4 neighbouring elements at a time, in UNITS rows of a head
 //   reorder_dq  sums to f32 dq or back, in place, for calls that another kernel adds to dq; a thread takes 32 columns

@@ -282,7 +282,8 @@ DEVICE void mask(Pairs &s, const Piece &piece, int key0, int query) {
 }
 
 // 64 keys x BLOCK_M queries: c = rows of `keys` times rows of `queries`, with FOLD less the statistic.
-template <int DIM> DEVICE void start_pairs(Pairs &c, u32 keys, u32 queries, [[maybe_unused]] const Parts &parts, [[maybe_unused]] u32 statistic) {
+template <int DIM>
+DEVICE void start_pairs(Pairs &c, u32 keys, u32 queries, [[maybe_unused]] const Parts &parts, [[maybe_unused]] u32 statistic) {
     const Operand a = along_columns(keys), b = along_columns(queries);
     products_fence();
     UNROLL for (int kk = 0; kk < DIM / 16; ++kk)
