@@ -101,16 +101,20 @@ class Hybrid:
         run = lambda shape, *k, layout="zigzag", placement="ulysses-inner", exchange=own, groups=None, repeat=3: Run(
             shape, tuple((k << 10) // self.args.scale for k in k), None, layout, placement, exchange, groups, repeat
         )
-        yield run(causal, 64, 128, 256)
-        yield run(causal, 64, 128, groups=1)
-        yield run(causal, 64, placement="ring-inner")
-        yield run(causal, 64, layout="stripe")
-        if other != own:
-            yield run(causal, 64, 128, exchange=other)
+        yield run(causal, 64, 128)
         yield run(dit, 16, 64, layout="contiguous")
-        yield run(wide, 64, 128)
+        yield run(wide, 64)
+        yield run(causal, 64, groups=1)
+        yield run(causal, 64, layout="stripe")
+        yield run(causal, 64, placement="ring-inner")
+        if other != own:
+            yield run(causal, 64, exchange=other)
+        yield run(wide, 128)
+        yield run(causal, 256)
         yield run(dit, 16, 64, layout="contiguous", groups=1)
         yield run(wide, 64, groups=1)
+        if other != own:
+            yield run(causal, 128, exchange=other)
         yield run(causal, 128, placement="ring-inner")
         yield run(causal, 128, layout="stripe")
         yield run(dit, 32, layout="contiguous")
