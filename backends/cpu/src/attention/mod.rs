@@ -173,7 +173,8 @@ impl Attention<CpuDevice> for CpuAttention {
         let [q, k, v] = [args.q, args.k, args.v].map(|t| tensors.read(t));
         let [dout, lse, delta] = [args.dout, args.lse, args.delta].map(|t| tensors.read(t));
         let [dq, dk, dv] = [args.dq, args.dk, args.dv].map(|g| tensors.gradient(g));
-        let narrow = args.dq.into.dtype() != DType::F32;
+        // Nothing is summed where there are no queries, and no scratch is asked for.
+        let narrow = args.dq.into.dtype() != DType::F32 && !args.dq.into.at().is_empty();
         let dq_sum = if narrow { Some(tensors.scratch(args.scratch, dq_sum(&plan.0.spec))?) } else { None };
         let extras = tensors.extras(&args.extras)?;
         let (plan, kernels) = (plan.0.clone(), self.kernels);
