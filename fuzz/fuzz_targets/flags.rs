@@ -17,11 +17,12 @@ fuzz_target!(|text: &str| {
     match args.command {
         Command::Layout(args) => {
             let Ok(mesh) = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement) else { return };
-            if mesh.size() > 32 || args.seq > 1 << 40 {
+            let seq = job::tokens(args.seq, args.cu_seqlens.as_deref());
+            if mesh.size() > 32 || seq > 1 << 40 {
                 return;
             }
-            let layout = job::layout(args.cut.layout, args.seq, &mesh);
-            let Ok(mask) = job::mask(&args.cut, args.cu_seqlens.as_deref(), args.seq) else { return };
+            let layout = job::layout(args.cut.layout, seq, &mesh);
+            let Ok(mask) = job::mask(&args.cut, args.cu_seqlens.as_deref(), seq) else { return };
             assert!(holders(&layout, 100).lines().all(|line| line.len() <= 100));
             match picture::layout::layout(&layout, &mask) {
                 Ok(svg) => assert!(svg.ends_with("</svg>\n") && svg.len() < 8 << 20, "{}", svg.len()),

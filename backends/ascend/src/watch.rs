@@ -113,7 +113,7 @@ impl Watch {
             }
             let late = round.started.is_some_and(|s| s.elapsed() > self.member.limit);
             if late && !std::mem::replace(&mut round.reported, true) {
-                self.member.stuck(round.number, self.member.rank);
+                self.member.stuck(round.number, self.member.rank, true);
             }
         }
     }

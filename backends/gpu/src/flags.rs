@@ -208,7 +208,7 @@ impl Flags {
             Ok(there())
         };
         match round.deadline.poll(call, done) {
-            Err(Error::Timeout { .. }) => Err(group.stuck(round.number, peer, call)),
+            Err(Error::Timeout { .. }) => Err(group.stuck(round.number, peer, true, call)),
             result => result,
         }
     }

@@ -119,9 +119,9 @@ impl Group {
         self.member.agree(name, offer).map_err(|e| self.with_step(e))
     }
 
-    /// Rank `from` does not come to round `round` of this rank's, or left: what ended the group.
-    pub(crate) fn stuck(&self, round: u64, from: u32, call: &'static str) -> Error {
-        self.member.stuck(round, from);
+    /// Rank `from` does not come to round `round` of this rank's, within the limit (`late`) or since it left: what ended the group.
+    pub(crate) fn stuck(&self, round: u64, from: u32, late: bool, call: &'static str) -> Error {
+        self.member.stuck(round, from, late);
         self.with_step(self.member.wait_for_fault(call))
     }
 

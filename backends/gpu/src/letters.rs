@@ -115,7 +115,7 @@ impl Letters {
             if gone || deadline.passed() {
                 drop(state);
                 group.alive(round.call)?;
-                return Err(group.stuck(0, from, round.call));
+                return Err(group.stuck(0, from, !gone, round.call));
             }
             if start.elapsed() < AWAKE {
                 drop(state);

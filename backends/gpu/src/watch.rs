@@ -252,7 +252,7 @@ impl Watch {
             }
         } else if let Some(round) = rounds.iter().find(late) {
             self.reported.get_or_init(Instant::now);
-            self.group.member.stuck(round.number, self.group.rank());
+            self.group.member.stuck(round.number, self.group.rank(), true);
         } else if matches!(&self.by, By::Nccl(comm) if comm.is_sick()) {
             self.reported.get_or_init(Instant::now);
         }

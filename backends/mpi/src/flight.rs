@@ -102,7 +102,7 @@ impl Flight {
                 return Err(fault);
             }
             if until.is_some_and(|until| Instant::now() >= until) {
-                member.stuck(round, self.suspect().unwrap_or(member.rank));
+                member.stuck(round, self.suspect().unwrap_or(member.rank), true);
                 let fault = member.wait_for_fault(call);
                 self.abandon();
                 return Err(fault);

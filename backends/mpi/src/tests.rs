@@ -112,7 +112,8 @@ fn a_message_of_another_length_is_an_error_and_not_fatal() {
 
 #[test]
 fn a_message_that_does_not_come_ends_at_the_limit_or_with_the_group() {
-    let (device, member) = (device(), alone(Duration::from_millis(200)));
+    let limit = Duration::from_millis(200);
+    let (device, member) = (device(), alone(limit));
     let receive = || {
         let at = Strided::dense(DType::F32, [1, 1, 1, 4]);
         let buffer = window(&device, at.bytes(), Key::next()).expect("memory");
@@ -121,7 +122,7 @@ fn a_message_that_does_not_come_ends_at_the_limit_or_with_the_group() {
             Message { peer: 0, process: 0, receive: true, at: Some((Part::new(&buffer, at).expect("inside"), kind)) };
         Flight::post(world().expect("started"), TAG.fetch_add(1, Ordering::Relaxed), vec![message]).expect("posted")
     };
-    let lost = Err(Error::PeerLost { rank: 0, call: "exchange", step: Step::default(), late: None });
+    let lost = Err(Error::PeerLost { rank: 0, call: "exchange", step: Step::default(), late: Some(limit) });
     assert_eq!(receive().wait(&member, "exchange", 1), lost, "the rank that was waited for");
     assert_eq!(receive().wait(&member, "exchange", 2), lost, "at once");
 }

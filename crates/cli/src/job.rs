@@ -150,6 +150,15 @@ pub fn at_most(most: u32, mesh: &Mesh) -> Result<(), Error> {
     }
 }
 
+/// Tokens, unless they or documents are given.
+const SEQ: usize = 64;
+
+/// Tokens to lay out: as many as were given, or as documents have, or a few.
+pub fn tokens(seq: Option<usize>, documents: Option<&[i32]>) -> usize {
+    let end = documents.and_then(|cu| usize::try_from(*cu.last()?).ok());
+    seq.or(end).unwrap_or(SEQ)
+}
+
 /// The layout of `kind`.
 pub fn layout(kind: LayoutKind, seq: usize, mesh: &Mesh) -> Layout {
     match kind {

@@ -14,9 +14,6 @@ const RING_RANKS: u32 = 8;
 /// Ring ranks up to which the balance is counted: it takes time with the square of their number.
 const BALANCED: u32 = 256;
 
-/// Tokens, unless they or documents are given.
-const SEQ: usize = 64;
-
 /// Columns, unless the terminal says otherwise.
 const WIDTH: usize = 110;
 
@@ -43,8 +40,7 @@ fn cut(args: &LayoutArgs) -> Result<(Layout, Mask)> {
     let mesh = Mesh::new(args.cut.ulysses, args.cut.ring, args.cut.placement)?;
     job::at_most(MOST_RANKS, &mesh)?;
     let documents = args.cu_seqlens.as_deref();
-    let end = documents.and_then(|cu| usize::try_from(*cu.last()?).ok());
-    let seq = args.seq.or(end).unwrap_or(SEQ);
+    let seq = job::tokens(args.seq, documents);
     let mask = job::mask(&args.cut, documents, seq)?;
     mask.check(seq, seq)?;
     Ok((job::layout(args.cut.layout, seq, &mesh), mask))

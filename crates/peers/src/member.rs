@@ -195,10 +195,10 @@ impl Member {
     }
 
     /// Says that round `round` does not end, and which rank this one waits for if all have queued it; round 0 if rounds are
-    /// not reported. The answer is a fault, which ends the group.
-    pub fn stuck(&self, round: u64, suspect: u32) {
-        let rounds = lock(&self.shared.state).rounds;
-        let fields = rounds.fields().number(round).number(u64::from(suspect)).limit(Some(self.limit));
+    /// not reported. `late` if the limit passed, not if that rank is gone. The answer is a fault, which ends the group.
+    pub fn stuck(&self, round: u64, suspect: u32, late: bool) {
+        let (rounds, limit) = (lock(&self.shared.state).rounds, late.then_some(self.limit));
+        let fields = rounds.fields().number(round).number(u64::from(suspect)).limit(limit);
         self.shared.send(kind::STUCK_ROUND, &fields);
     }
 

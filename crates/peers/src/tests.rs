@@ -108,7 +108,7 @@ fn a_round_that_does_not_end_names_who_is_behind_or_who_is_waited_for() {
             me.queued(if me.rank == 1 { queued } else { 2 });
             me.agree("queued", &Fields::default()).expect("all come");
             if me.rank == 0 {
-                me.stuck(2, 2);
+                me.stuck(2, 2, true);
             }
             me.wait_for_fault("exchange")
         });
@@ -123,7 +123,7 @@ fn a_round_that_all_queued_names_whose_device_is_furthest_behind() {
         me.began([5, 5, 3, 6][me.rank as usize]);
         me.agree("queued", &Fields::default()).expect("all come");
         if me.rank == 3 {
-            me.stuck(6, 3);
+            me.stuck(6, 3, true);
         }
         me.wait_for_fault("exchange")
     });
@@ -142,7 +142,7 @@ fn who_left_after_its_rounds_is_not_the_one_behind() {
         }
         if me.rank == 2 {
             thread::sleep(Duration::from_millis(50));
-            me.stuck(2, 2);
+            me.stuck(2, 2, true);
         }
         Some(me.wait_for_fault("exchange"))
     });
@@ -185,7 +185,7 @@ fn a_rank_that_does_not_answer_is_lost_where_one_is_stuck() {
     write(&mut silent, kind::JOIN, &hello).expect("a socket");
     let me = Member::join(&place, 0, 2, LIMIT).expect("both came");
     me.queued(1);
-    me.stuck(1, 0);
+    me.stuck(1, 0, true);
     assert!(matches!(me.wait_for_fault("exchange"), Error::PeerLost { rank: 1, .. }));
 }
 
