@@ -47,6 +47,11 @@ impl CpuCollective {
         Self { device, member, barriers: AtomicU64::new(0) }
     }
 
+    /// Whether the group goes on. If it is over since this rank's own stream failed, the stream's error says more.
+    fn alive(&self, on: &CpuStream, call: &'static str) -> Result<()> {
+        self.member.group.alive(call).map_err(|error| on.failure().unwrap_or(error))
+    }
+
     /// Queues a round, which must run: skipped because its stream failed, this rank is lost to its peers.
     fn queue(
         &self,
@@ -55,7 +60,7 @@ impl CpuCollective {
         accesses: Vec<Access>,
         round: impl FnOnce(&Member, &Running<'_>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        self.member.group.alive(call)?;
+        self.alive(on, call)?;
         let mut ticket = Ticket { member: Arc::clone(&self.member), ran: false };
         on.submit_with(call, accesses, move |running| {
             ticket.ran = true;
@@ -120,7 +125,7 @@ impl Collective<CpuDevice> for CpuCollective {
         if exchange.group() != self.member.group.key() {
             return Err(Error::invalid("exchange", "it was prepared by another communicator"));
         }
-        self.member.group.alive("exchange")?;
+        self.alive(on, "exchange")?;
         let transfer = exchange.next(sends)?;
         self.queue(on, "exchange", transfer.accesses(), move |member, running| transfer.run(member, running))
     }
@@ -135,7 +140,7 @@ impl Collective<CpuDevice> for CpuCollective {
     }
 
     fn barrier(&self, on: &CpuStream) -> Result<()> {
-        self.member.group.alive("barrier")?;
+        self.alive(on, "barrier")?;
         let round = self.barriers.fetch_add(1, Ordering::Relaxed);
         let tag = Tag { call: "barrier", id: 0, round };
         self.queue(on, "barrier", Vec::new(), move |member, running| {

@@ -155,6 +155,11 @@ impl CpuStream {
         failed.map_or(Ok(()), Err)
     }
 
+    /// Why it failed, if it did.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        lock(&self.shared.queue).failed.clone()
+    }
+
     fn push(&self, work: Work) -> Result<()> {
         let host = self.shared.device.checked().then(|| self.shared.device.host().now());
         let mut queue = lock(&self.shared.queue);
