@@ -25,8 +25,6 @@
 //! own keys are attended with, and nothing is sent: gradients of the own block stay in `home`. The other half is beside the
 //! last return, which else had nothing beside it.
 
-use std::ops::Range;
-
 use longspan_hal::{
     Attention, Backend, Backward, Device, Extras, Forward, Gradient, Partial, Result, Stage, Store, View, ViewMut,
 };
@@ -153,7 +151,7 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
             let next = if t + 1 < steps { Some(self.hop(g, t + 1, [k, v])?) } else { None };
             run.wait(run.compute, arrived.as_ref())?;
             match self.gradients() {
-                Some((_, gradients)) if t == 0 => self.first_half(&call, gradients, g, [k, v])?,
+                Some((_, gradients)) if t == 0 => self.half(&call, gradients, [g, 0], [k, v])?,
                 Some((_, gradients)) => self.fresh_gradients(&call, gradients, g, t)?,
                 None => {
                     let into = [results[1], results[2]].map(|into| Gradient { into, store: Store::Write });
@@ -180,7 +178,7 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         }
         // Under the last return.
         if let Some((_, gradients)) = self.gradients() {
-            self.second_half(&call, gradients, g, [k, v])?;
+            self.half(&call, gradients, [g, 1], [k, v])?;
         }
         if let Some(sums) = accumulator {
             run.sum((g + 1) * steps - 1, || {
@@ -226,52 +224,32 @@ impl<'a, 'r, B: Backend> Circling<'a, 'r, B> {
         self.attend(call, [g, t], &self.plans.steps[g][t], self.received(ring, g, t)?, into, Store::Add)
     }
 
-    /// `home` of the first half of the own keys.
-    fn first_half(
-        &self,
-        call: &Call<'_, B>,
-        gradients: &GradientLayout,
-        g: usize,
-        own: [View<'_, B::Device>; 2],
-    ) -> Result<()> {
-        let [first, second] = self.run.plan.halves();
-        if self.run.plan.comes_home_early() {
-            for part in self.pair(&gradients.home, g, self.run.plan.k_block())? {
-                let part = part.narrow(1, second.clone())?;
-                if !part.at().is_empty() {
-                    self.run.member.device.fill(self.run.compute, 0.0, part)?;
-                }
-            }
-        }
-        self.half(call, gradients, [g, 0], (first, Store::Write), own, Store::Write)
-    }
-
-    /// `home` of the second half of the own keys, to which what came home before may have been added.
-    fn second_half(
-        &self,
-        call: &Call<'_, B>,
-        gradients: &GradientLayout,
-        g: usize,
-        own: [View<'_, B::Device>; 2],
-    ) -> Result<()> {
-        let [_, rows] = self.run.plan.halves();
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let store = if self.run.plan.comes_home_early() { Store::Add } else { Store::Write };
-        self.half(call, gradients, [g, 1], (rows, store), own, Store::Add)
-    }
-
+    /// `home` of a half of the own keys: 0 is attended with first, 1 last, when what came home early may have been added.
     fn half(
         &self,
         call: &Call<'_, B>,
         gradients: &GradientLayout,
         [g, half]: [usize; 2],
-        (rows, store): (Range<usize>, Store),
         own: [View<'_, B::Device>; 2],
-        store_dq: Store,
     ) -> Result<()> {
-        let home = self.pair(&gradients.home, g, self.run.plan.k_block())?;
+        let (run, plan) = (self.run, self.run.plan);
+        let [first, second] = plan.halves();
+        let (home, early) = (self.pair(&gradients.home, g, plan.k_block())?, plan.comes_home_early());
+        if half == 1 && second.is_empty() {
+            return Ok(());
+        }
+        if half == 0 && early {
+            for part in home {
+                let part = part.narrow(1, second.clone())?;
+                if !part.at().is_empty() {
+                    run.member.device.fill(run.compute, 0.0, part)?;
+                }
+            }
+        }
+        let (rows, store, store_dq) = match half {
+            0 => (first, Store::Write, Store::Write),
+            _ => (second, if early { Store::Add } else { Store::Write }, Store::Add),
+        };
         let into = |x: ViewMut<'a, B::Device>| Ok(Gradient { into: x.narrow(1, rows.clone())?, store });
         let kv = [own[0].narrow(1, rows.clone())?, own[1].narrow(1, rows.clone())?];
         self.attend(call, [g, 0], &self.plans.halves[g][half], kv, [into(home[0])?, into(home[1])?], store_dq)
