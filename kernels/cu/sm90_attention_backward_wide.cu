@@ -67,7 +67,7 @@ struct Group {
             store_shared4(exchange() + j * 2048, __float_as_uint(sent[0]), __float_as_uint(sent[1]),
                           __float_as_uint(sent[2]), __float_as_uint(sent[3]));
         }
-        arrive(FULL_P + 8 * (turn % 2));
+        barrier_arrive(base + FULL_P + 8 * (turn % 2));  // every lane, since every lane wrote
     }
 
     // dP^T becomes dS^T.
@@ -87,7 +87,7 @@ struct Group {
                 dp[j][e] = by * (x - (e % 2 ? delta.y : delta.x));
             }
         }
-        arrive(FREE_P + 8 * (turn % 2));
+        barrier_arrive(base + FREE_P + 8 * (turn % 2));
     }
 
     DEVICE const Block &described() {

@@ -337,8 +337,8 @@ DEVICE void init_barriers(u32 base) {
     UNROLL for (int i = 0; i < 2; ++i) {
         barrier_init(base + FULL_DS + 8 * i, 4 * GROUPS);
         barrier_init(base + FREE_DS + 8 * i, 4 * GROUPS);
-        barrier_init(base + FULL_P + 8 * i, 4);
-        barrier_init(base + FREE_P + 8 * i, 4);
+        barrier_init(base + FULL_P + 8 * i, 128);
+        barrier_init(base + FREE_P + 8 * i, 128);
     }
     UNROLL for (int i = 0; i < Q_STAGES; ++i) {
         barrier_init(base + FULL_Q + 8 * i, 1);
