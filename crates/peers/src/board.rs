@@ -324,7 +324,8 @@ impl Server {
             let all = |f: Fields, r| f.bytes(call.offers.get(&r).map_or(&[], Vec::as_slice));
             let all = (0..size).fold(none.clone(), all);
             self.calls.remove(&number);
-            for rank in 0..size {
+            // As in `tell_all`.
+            for rank in (0..size).rev() {
                 self.tell(rank, kind::VERDICT, if gather && rank > 0 { &none } else { &all });
             }
             return;
@@ -429,8 +430,9 @@ impl Server {
         }
     }
 
+    /// Rank 0 last: its process, by custom this one, may end at once, and the board with it.
     fn tell_all(&mut self, kind: u8, fields: &Fields) {
-        for rank in 0..self.size {
+        for rank in (0..self.size).rev() {
             self.tell(rank, kind, fields);
         }
     }
