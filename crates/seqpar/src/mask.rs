@@ -375,7 +375,9 @@ impl FromStr for Mask {
     /// nothing.
     fn from_str(text: &str) -> Result<Self> {
         let invalid = || {
-            let why = format!("`{text}`: it is causal, full, window:L[,R] or prefix:P, with whole numbers from 0, L and R also `all`");
+            let why = format!(
+                "`{text}`: it is causal, full, window:L[,R] or prefix:P, with whole numbers from 0, L and R also `all`"
+            );
             Error::invalid("mask", why)
         };
         let number = |digits: &str| match digits.bytes().all(|b| b.is_ascii_digit()) {
