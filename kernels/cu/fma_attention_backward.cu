@@ -47,6 +47,15 @@ DEVICE Pair differentiate(const BackwardParams &p, const Piece &piece, u32 batch
     return {weight * keep, weight * (dp * keep - delta) * bent};
 }
 
+// A block of others is summed by itself: a sum of thousands of terms one by one loses more digits than plain attention does.
+template <int DIM>
+DEVICE void add_block(float (&c)[2][DIM / 8], const float *weights, const float *values) {
+    float block[2][DIM / 8];
+    UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int n = 0; n < DIM / 8; ++n) block[i][n] = 0.0f;
+    gather<DIM, OTHERS>(block, weights, values);
+    UNROLL for (int i = 0; i < 2; ++i) UNROLL for (int n = 0; n < DIM / 8; ++n) c[i][n] += block[i][n];
+}
+
 template <int DIM>
 DEVICE void store(const Tensor &g, const Tile &t, u32 head, int dim, float scale, bool add, const float (&c)[2][DIM / 8]) {
     UNROLL for (int i = 0; i < 2; ++i) {
@@ -103,8 +112,8 @@ KERNEL(FMA_THREADS, 1) attention_backward(PARAMS(BackwardParams) p) {
                         memory[S_AT + to] = w.ds;
                     }
                 warp_barrier();
-                gather<HEAD_DIM_V, OTHERS>(dv, memory + P_AT, memory + OTHER_B);
-                gather<HEAD_DIM, OTHERS>(dk, memory + S_AT, memory + OTHER_A);
+                add_block<HEAD_DIM_V>(dv, memory + P_AT, memory + OTHER_B);
+                add_block<HEAD_DIM>(dk, memory + S_AT, memory + OTHER_A);
             }
         }
     const bool add_k = p.add & 1, add_v = p.add & 2;
@@ -137,7 +146,7 @@ KERNEL(FMA_THREADS, 1) attention_backward_dq(PARAMS(BackwardParams) p) {
                         differentiate(p, piece, tile.batch, head, row, key + x + 8 * j, s[i][j], dp[i][j]).ds;
                 }
             warp_barrier();
-            gather<HEAD_DIM, OTHERS>(dq, memory + S_AT, memory + OTHER_A);
+            add_block<HEAD_DIM>(dq, memory + S_AT, memory + OTHER_A);
         }
     }
     store<HEAD_DIM>(p.dq, tile, head, p.problem.head_dim, p.problem.scale, add, dq);
