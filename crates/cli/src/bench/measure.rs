@@ -111,9 +111,14 @@ impl<'a> Bencher<'a> {
     /// [`Failure::Input`] if the backend refuses the case; [`Failure::Run`].
     pub fn measure(&mut self, case: &Case) -> Result<(Vec<Row>, Option<Record>)> {
         self.measure_peak()?;
-        let alone = self.alone(case)?;
+        // Half of it before and half after, since a device that works gets slower.
+        let half = self.args.repeat.div_ceil(2);
+        let mut alone = self.alone(case, half)?;
         let body = |engine: &mut dyn Engine| rank(case, self.args.repeat, self.args.trace.is_some(), engine);
         let ranks = engine::done(longspan::on_ranks_within(&self.args.backend, case.mesh(), self.limit, body)?)?;
+        let after = self.alone(case, half)?;
+        alone.iter_mut().zip(after).for_each(|(times, after)| times.extend(after));
+        let alone: Vec<f64> = alone.iter().map(|times| median(times)).collect();
         let passes = passes(&case.problem).iter().enumerate();
         let rows: Vec<Row> = passes.map(|(i, &pass)| self.row(case, &ranks, i, pass, &alone)).collect();
         let record = self.args.trace.is_some().then(|| {
@@ -129,16 +134,15 @@ impl<'a> Bencher<'a> {
         Ok((rows, record))
     }
 
-    /// Seconds of each pass with a share of the heads on every device alone; nothing for a single rank, or without such a
-    /// share.
-    fn alone(&self, case: &Case) -> Result<Vec<f64>> {
+    /// Times of each pass with a share of the heads on every device alone, `repeat` of the slowest device each; nothing for a
+    /// single rank, or without such a share.
+    fn alone(&self, case: &Case, repeat: u32) -> Result<Vec<Vec<Duration>>> {
         let (ranks, devices) = (case.mesh().size() as usize, self.used(case));
         let share = if ranks > 1 && ranks.is_multiple_of(devices) { case.alone(devices) } else { None };
         let Some(share) = share else { return Ok(Vec::new()) };
-        let body = |engine: &mut dyn Engine| rank(&share, self.args.repeat, false, engine);
+        let body = |engine: &mut dyn Engine| rank(&share, repeat, false, engine);
         let all = longspan::on_devices(&self.args.backend, devices, self.limit, body)?;
-        let median_of = |i: usize| all.iter().map(|device| median(&device.passes[i].times)).fold(0.0, f64::max);
-        Ok((0..passes(&case.problem).len()).map(median_of).collect())
+        Ok((0..passes(&case.problem).len()).map(|i| slowest(&all, i)).collect())
     }
 
     /// Devices that the ranks of `case` are on.
@@ -147,9 +151,7 @@ impl<'a> Bencher<'a> {
     }
 
     fn row(&self, case: &Case, ranks: &[Rank], i: usize, pass: Pass, alone: &[f64]) -> Row {
-        let slowest: Vec<Duration> = (0..self.args.repeat as usize)
-            .map(|n| ranks.iter().map(|rank| rank.passes[i].times[n]).max().unwrap_or_default())
-            .collect();
+        let slowest = slowest(ranks, i);
         let seconds = |d: Option<&Duration>| d.map_or(0.0, Duration::as_secs_f64);
         let (median_s, devices) = (median(&slowest), self.used(case));
         let flops = flops(case, ranks.iter().map(|rank| rank.pairs).sum(), pass);
@@ -187,6 +189,12 @@ impl<'a> Bencher<'a> {
 /// Processes that were running or wanted to, on average over the last minute, where the system tells.
 fn load() -> Option<f64> {
     std::fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
+}
+
+/// Times of pass `i`, of each repetition that of the slowest.
+fn slowest(ranks: &[Rank], i: usize) -> Vec<Duration> {
+    let repeat = ranks.first().map_or(0, |rank| rank.passes[i].times.len());
+    (0..repeat).map(|n| ranks.iter().map(|rank| rank.passes[i].times[n]).max().unwrap_or_default()).collect()
 }
 
 /// What is measured of a problem, in order.

@@ -110,7 +110,8 @@ pub struct Row {
     pub flops_per_second: f64,
     /// `flops_per_second` over the sum of the devices' peaks.
     pub share_of_peak: Option<f64>,
-    /// Time of the same work with 1/N of the heads on each of N devices alone, without exchange: the slowest device's median.
+    /// Time of the same work with 1/N of the heads on each of N devices alone, without exchange: median of the slowest
+    /// device's, half of them measured before and half after the row's own.
     pub alone_s: Option<f64>,
     /// `alone_s / median_s`: 1 if the exchange costs nothing.
     pub overlap_efficiency: Option<f64>,
