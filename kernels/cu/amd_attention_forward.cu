@@ -47,9 +47,6 @@ typedef Product Output[M_TILES][COLUMN_TILES];
 struct Rows {
     float m[M_TILES];  // reference maximum, in units of dot products (or log2 units with TRANSFORM)
     float l[M_TILES];  // this lane's part of the sum
-#if PARTIAL
-    float top[M_TILES];  // true maximum
-#endif
 };
 
 // Where this lane's elements lie: query of mt is query + 16 mt, key of (j, r) is key + 16 j + product_row(lane, r).
@@ -105,9 +102,6 @@ DEVICE void follow_maximum(const Scores &s, Rows &rows, Output &acc, float unit)
         UNROLL for (int j = 0; j < KEY_TILES; ++j)
             UNROLL for (int r = 0; r < PRODUCT_VALUES; ++r) t = maximum(t, s[mt][j][r]);
         top[mt] = column_maximum(t);
-#if PARTIAL
-        rows.top[mt] = maximum(rows.top[mt], top[mt]);
-#endif
         far |= (top[mt] - rows.m[mt]) * unit > LAZY;
     }
     if (!any_lane(far)) return;
@@ -172,9 +166,6 @@ DEVICE void start(const ForwardParams &p, const Tile &t, u32 head, LaneAt at, fl
             const float *from = ::at<const float>(p.acc, t.batch, row, head);
             UNROLL for (int j = 0; j < COLUMN_TILES; ++j) load_column(from + 16 * j, acc[mt][j], dim - 16 * j, at.lane);
         }
-#if PARTIAL
-        rows.top[mt] = rows.m[mt];
-#endif
     }
 }
 
@@ -182,16 +173,15 @@ DEVICE void start(const ForwardParams &p, const Tile &t, u32 head, LaneAt at, fl
 DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, LaneAt at, float unit, Rows &rows, Output &acc) {
     const int dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
     UNROLL for (int mt = 0; mt < M_TILES; ++mt) {
-        const float l = column_sum(rows.l[mt]), top = rows.top[mt];
-        const float by = top == -INFINITY_F ? 1.0f : exp2_fast((rows.m[mt] - top) * unit);
+        const float l = column_sum(rows.l[mt]);
         const int row = at.query + 16 * mt;
         if (row >= int(t.row0 + t.rows)) continue;
         if (at.lane < 16) {
-            *::at<float>(p.m, t.batch, row, head) = top * (unit * LN2);
-            *::at<float>(p.l, t.batch, row, head) = l * by;
+            *::at<float>(p.m, t.batch, row, head) = rows.m[mt] * (unit * LN2);
+            *::at<float>(p.l, t.batch, row, head) = l;
         }
         float *to = ::at<float>(p.acc, t.batch, row, head);
-        UNROLL for (int j = 0; j < COLUMN_TILES; ++j) store_column(to + 16 * j, acc[mt][j], by, dim - 16 * j, at.lane);
+        UNROLL for (int j = 0; j < COLUMN_TILES; ++j) store_column(to + 16 * j, acc[mt][j], 1.0f, dim - 16 * j, at.lane);
     }
 }
 #endif

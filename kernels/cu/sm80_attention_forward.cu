@@ -52,9 +52,6 @@ typedef float RowValues[M_TILES][2];
 struct Rows {
     RowValues m;  // reference maximum, in units of dot products (or log2 units with TRANSFORM)
     RowValues l;  // this lane's part of the row sum
-#if PARTIAL
-    RowValues top;  // true maximum
-#endif
 };
 
 // The position in a tile's list of (piece, first key) blocks.
@@ -175,9 +172,6 @@ DEVICE void follow_maximum(const RowValues &top, Rows &r, Output &acc, float uni
     bool far = false;
     UNROLL for (int mt = 0; mt < M_TILES; ++mt)
         UNROLL for (int half = 0; half < 2; ++half) {
-#if PARTIAL
-            r.top[mt][half] = maximum(r.top[mt][half], top[mt][half]);
-#endif
             far |= (top[mt][half] - r.m[mt][half]) * unit > LAZY;
         }
     if (!any_lane(far)) return;
@@ -279,23 +273,17 @@ DEVICE void weigh_other(Output &acc, u32 p, u32 v) {
     }
 }
 
-// Row sums (and maxima) of both warps' keys. `to` is shared memory that nobody uses any more.
+// Row sums of both warps' keys. `to` is shared memory that nobody uses any more.
 DEVICE void join_rows(Rows &r, float *to) {
     RowValues sums;
     UNROLL for (int mt = 0; mt < M_TILES; ++mt)
         UNROLL for (int half = 0; half < 2; ++half) sums[mt][half] = whole_row(r.l[mt][half]);
     barrier();
     store_rows(to, sums);
-#if PARTIAL
-    store_rows(to + SPLIT * BLOCK_M, r.top);
-#endif
     barrier();
     UNROLL for (int mt = 0; mt < M_TILES; ++mt)
         UNROLL for (int half = 0; half < 2; ++half) {
             r.l[mt][half] = threadIdx.x % 4 == 0 ? sums[mt][half] + other_row(to, mt, half) : 0.0f;
-#if PARTIAL
-            r.top[mt][half] = maximum(r.top[mt][half], other_row(to + SPLIT * BLOCK_M, mt, half));
-#endif
         }
 }
 #endif
@@ -310,9 +298,6 @@ DEVICE void load_partial(const ForwardParams &p, const Tile &t, u32 head, int ro
             if (i >= int(t.row0 + t.rows)) continue;
             r.m[mt][half] = *at<const float>(p.m, t.batch, i, head) / (unit * LN2);
             r.l[mt][half] = quad == 0 && part == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
-#if PARTIAL
-            r.top[mt][half] = r.m[mt][half];
-#endif
             const float *from = at<const float>(p.acc, t.batch, i, head) + column;
             UNROLL for (int j = 0; j < COLUMNS / 8; ++j)
                 load_pair(from + 8 * j, acc[mt][j][2 * half], acc[mt][j][2 * half + 1], left - 8 * j);
@@ -325,17 +310,16 @@ DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int r
     const int left = (EXACT ? HEAD_DIM_V : p.problem.head_dim_v) - column;
     UNROLL for (int mt = 0; mt < M_TILES; ++mt)
         UNROLL for (int half = 0; half < 2; ++half) {
-            float l = whole_row(r.l[mt][half]), top = r.top[mt][half];
-            float by = top == -INFINITY_F ? 1.0f : exp2_fast((r.m[mt][half] - top) * unit);
+            const float l = whole_row(r.l[mt][half]);
             int i = row + 16 * mt + 8 * half;
             if (i >= int(t.row0 + t.rows)) continue;
             if (quad == 0 && part == 0) {
-                *at<float>(p.m, t.batch, i, head) = top * (unit * LN2);
-                *at<float>(p.l, t.batch, i, head) = l * by;
+                *at<float>(p.m, t.batch, i, head) = r.m[mt][half] * (unit * LN2);
+                *at<float>(p.l, t.batch, i, head) = l;
             }
             float *to = at<float>(p.acc, t.batch, i, head) + column;
             UNROLL for (int j = 0; j < COLUMNS / 8; ++j)
-                store_pair(to + 8 * j, acc[mt][j][2 * half] * by, acc[mt][j][2 * half + 1] * by, left - 8 * j);
+                store_pair(to + 8 * j, acc[mt][j][2 * half], acc[mt][j][2 * half + 1], left - 8 * j);
         }
 }
 #endif
@@ -404,9 +388,6 @@ KERNEL(THREADS, MIN_BLOCKS) attention_forward(PARAMS(ForwardParams) p) {
         UNROLL for (int half = 0; half < 2; ++half) {
             rows.m[mt][half] = -INFINITY_F;
             rows.l[mt][half] = 0.0f;
-#if PARTIAL
-            rows.top[mt][half] = -INFINITY_F;
-#endif
         }
         UNROLL for (int j = 0; j < COLUMNS / 8; ++j)
             UNROLL for (int e = 0; e < 4; ++e) acc[mt][j][e] = 0.0f;

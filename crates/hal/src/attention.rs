@@ -2,10 +2,10 @@
 //!
 //! # Partials
 //!
-//! A partial result of a query row is the triple `(acc, m, l)` in f32: `m` is the largest logit so far (natural units), or somewhat
-//! more where the kernel rounds it up, `l = sum exp(x - m)`, `acc = sum keep / (1 - p) * exp(x - m) * v`. Kernels continue in
-//! place from a partial that they made, so a ring step needs no merge pass, and precision does not fall with the number of steps. A
-//! row that saw nothing is `(0, -inf, 0)`.
+//! A partial result of a query row is the triple `(acc, m, l)` in f32: `m` is the largest logit so far (natural units), or one
+//! near it that a kernel keeps so as not to rescale for every new maximum, `l = sum exp(x - m)`, `acc = sum keep / (1 - p) *
+//! exp(x - m) * v`. Kernels continue in place from a partial that they made, so a ring step needs no merge pass, and precision
+//! does not fall with the number of steps. A row that saw nothing is `(0, -inf, 0)`.
 //!
 //! [`Stage::Start`] initialises *every* row of the call and then computes, [`Stage::Continue`] updates the rows that its
 //! slices select, [`Stage::Finish`] computes, adds the sinks, and writes `out = acc / l` and `lse = m + ln l` for *every* row.
@@ -103,7 +103,7 @@ pub trait Attention<D: Device>: Debug + Send + Sync + 'static {
 pub struct Partial<'a, D: Device> {
     /// Unnormalised output, `[batch, q_rows, heads, head_dim_v]`.
     pub acc: ViewMut<'a, D>,
-    /// Row maximum in natural units, or somewhat more, `[batch, q_rows, heads, 1]`.
+    /// Row maximum in natural units, or near it, `[batch, q_rows, heads, 1]`.
     pub m: ViewMut<'a, D>,
     /// Row sum, `[batch, q_rows, heads, 1]`.
     pub l: ViewMut<'a, D>,
