@@ -168,22 +168,18 @@ DEVICE void add_global2(float *at, float x, float y, bool valid) {
 #endif
 }
 
-// Adds ADD_WIDTH neighbours in shared memory to those at `to`, where `valid`.
+// Adds ADD_WIDTH neighbours where `valid`.
 #if __CUDA_ARCH__ >= 900
 [[maybe_unused]] constexpr int ADD_WIDTH = 4;
-DEVICE void add_global_from(float *to, u32 from, bool valid) {
-    float x, y, z, w;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x), "=f"(y), "=f"(z), "=f"(w) : "r"(from) : "memory");
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p red.global.add.v4.f32 [%0], {%1,%2,%3,%4}; }" ::"l"(to), "f"(x),
-                 "f"(y), "f"(z), "f"(w), "r"(int(valid))
+DEVICE void add_global_units(float *at, const float *x, bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p red.global.add.v4.f32 [%0], {%1,%2,%3,%4}; }" ::"l"(at), "f"(x[0]),
+                 "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(int(valid))
                  : "memory");
 }
 #else
 [[maybe_unused]] constexpr int ADD_WIDTH = 1;
-DEVICE void add_global_from(float *to, u32 from, bool valid) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
-    if (valid) add_global(to, x);
+DEVICE void add_global_units(float *at, const float *x, bool valid) {
+    if (valid) add_global(at, *x);
 }
 #endif
 

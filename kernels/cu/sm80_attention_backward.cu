@@ -8,18 +8,21 @@
 //         Q and dout of the next block travel to the other stage
 //         S^T = K Q^T; P^T = exp2(S^T - lse), 0 outside the band; dP^T = V dout^T; dS^T = P^T (dP^T - delta)
 //         dV += P^T dout; dK += dS^T Q          (with SPLIT = 1 straight from registers: an accumulator pair is an A)
-//         dS^T to shared memory; dQ = dS K is added to f32 memory by atomics (by way of shared memory with STAGED = 1)
+//         dS^T to shared memory; dQ = dS K is added to f32 memory by atomics: with LINES to sums in an order of their own
 //     write or add dK and dV
 //
 // Keys are the row side of every product, so that P^T and dS^T need no trip through shared memory. With SPLIT = 2 (large
 // heads) two warps share 16 keys: each computes half of the queries, and after an exchange through shared memory half of
 // the columns of dK and dV. With APART = 1 half of the warps computes S and P, the other half dP and, from P in shared memory,
-// dS: each reads K or V for twice as many queries. Each KV head's query heads are summed here, in order: no atomics but those of dQ, and none in
-// the deterministic mode (DQ = 0), where sm80_attention_backward_dq.cu computes dQ. (Dao, FlashAttention-2, 2023.)
+// dS: each reads K or V for twice as many queries. With SPLIT = 4 dQ is computed in two halves, each added between products of
+// dK. Each KV head's query heads are summed here, in order: no atomics but those of dQ, and none in the deterministic mode
+// (DQ = 0), where sm80_attention_backward_dq.cu computes dQ. (Dao, FlashAttention-2, 2023.)
+//
+// The speed of d128 hangs on the order of instructions: see kernels/README.md before moving address arithmetic.
 //
 // Macros: KEY_WARPS, SPLIT, K_TILES (keys of a warp / 16), BLOCK_M, CHUNK_M (queries a warp takes at once), STAGES,
-// DQ_WARPS_M (warps along the queries of dQ), DQ_PARTS (of a warp's columns of dQ, one after the other), STAGED,
-// APART, DQ, GRADIENT_F32, SIDE_BY_SIDE, MIN_BLOCKS.
+// DQ_WARPS_M (warps along the queries of dQ), DQ_PARTS (of a warp's columns of dQ, one after the other), LINES (the
+// order of sm80_sums.cuh), APART, DQ, GRADIENT_F32, SIDE_BY_SIDE, MIN_BLOCKS.
 
 struct BackwardParams {
     Problem problem;
@@ -36,24 +39,22 @@ constexpr int KEYS = 16 * K_TILES;  // of a warp
 constexpr int BLOCK_N = KEY_WARPS * KEYS;
 constexpr int PARTS = APART ? SPLIT / 2 : SPLIT;  // of the queries of a block, in S and dP
 constexpr int QUERIES = BLOCK_M / PARTS;  // of a warp there
+constexpr bool BETWEEN = SPLIT == 4;  // dQ is added between dK's products
 constexpr int COLUMNS = HEAD_DIM / SPLIT, COLUMNS_V = HEAD_DIM_V / SPLIT;
 constexpr u32 K_BYTES = BLOCK_N * pitch<HEAD_DIM>() * 2, V_BYTES = BLOCK_N * pitch<HEAD_DIM_V>() * 2;
 constexpr u32 Q_BYTES = BLOCK_M * pitch<HEAD_DIM>() * 2, O_BYTES = BLOCK_M * pitch<HEAD_DIM_V>() * 2;
 constexpr u32 S_BYTES = BLOCK_N * pitch<BLOCK_M>() * 2;
 constexpr u32 Q_AT = K_BYTES + V_BYTES, O_AT = Q_AT + STAGES * Q_BYTES, DS_AT = O_AT + STAGES * O_BYTES;
 constexpr u32 P_AT = DS_AT + (DQ || SPLIT > 1 ? S_BYTES : 0), STATS_AT = P_AT + (SPLIT > 1 ? S_BYTES : 0);
-constexpr u32 CONTROL_AT = STATS_AT + 2 * BLOCK_M * 4, SUMS_AT = CONTROL_AT + 160;
+constexpr u32 CONTROL_AT = STATS_AT + 2 * BLOCK_M * 4;
 #if DQ
-constexpr int DQ_WARPS_N = WARPS / DQ_WARPS_M, DQ_TILES = BLOCK_M / DQ_WARPS_M / 16;
+constexpr int DQ_WARPS_N = WARPS / DQ_WARPS_M, DQ_TURNS = BETWEEN ? 2 : 1;  // parts of a warp's rows
+constexpr int DQ_TILES = BLOCK_M / DQ_WARPS_M / DQ_TURNS / 16;
 constexpr int DQ_COLUMNS = HEAD_DIM / DQ_WARPS_N / DQ_PARTS;  // of a warp, in one part
-static_assert(DQ_TILES * DQ_WARPS_M * 16 == BLOCK_M && DQ_COLUMNS % 16 == 0, "dq tiles");
-// A warp's 16 rows of sums on their way: the four rows of a store lie in different banks.
-constexpr int SUMS_PITCH = (DQ_COLUMNS % 32 ? DQ_COLUMNS + 8 : DQ_COLUMNS) * 4;
-constexpr u32 SUMS_BYTES = STAGED ? 16 * SUMS_PITCH : 0;
-#else
-constexpr u32 SUMS_BYTES = 0;
+static_assert(DQ_TILES * DQ_TURNS * DQ_WARPS_M * 16 == BLOCK_M && DQ_COLUMNS % 16 == 0, "dq tiles");
+static_assert(!BETWEEN || DQ_PARTS == 1, "dq between dk's products");
 #endif
-static_assert(SUMS_AT + WARPS * SUMS_BYTES == SHARED_BYTES, "shared memory");
+static_assert(CONTROL_AT + 160 == SHARED_BYTES, "shared memory");
 static_assert(2 * BLOCK_M <= THREADS && QUERIES % CHUNK_M == 0 && CHUNK_M % 16 == 0, "tiles");
 
 #if GRADIENT_F32
@@ -89,21 +90,13 @@ template <int DIM, int COLS> DEVICE void gather16(float (&acc)[K_TILES][COLS / 8
     }
 }
 
-// The position in the list of (query head, piece, first query row) blocks.
-struct Cursor {
-    u32 head, piece;
-    int query;
+// Local query heads of a KV head.
+struct Heads {
+    u32 first, past;
 };
-// To the next block, where the current piece ends at query row `end`; returns whether it is in another piece.
-DEVICE bool advance(Cursor &at, int end, const Piece *pieces, const Tile &t) {
-    at.query += BLOCK_M;
-    if (at.query < end) return false;
-    if (++at.piece == t.first + t.count) {
-        at.piece = t.first;
-        ++at.head;
-    }
-    at.query = pieces[at.piece].q0;
-    return true;
+DEVICE Heads heads_of(const Problem &p, u32 kv) {
+    const int first = int((p.kv_first + kv) * p.group) - int(p.head_first), past = first + int(p.group);
+    return {u32(first > 0 ? first : 0), u32(past < int(p.heads) ? past : int(p.heads))};
 }
 
 // What all threads know alike lies in shared memory, since the loop needs the registers.
@@ -115,9 +108,31 @@ struct Now {
 struct Control {
     Now now[2];  // of this turn and the next
     Tile tile;
-    u32 unused[2];
+    Heads heads;
 };
 static_assert(sizeof(Control) == 160, "shared memory");
+
+// The position in the list of (query head, piece, first query row) blocks.
+struct Cursor {
+    u32 head, piece;
+    int query;
+};
+constexpr u32 NONE = ~0u;  // head of the position after the last one
+
+// To the next block, from one in `piece`; returns whether it is in another piece.
+DEVICE bool advance(Cursor &at, const Piece &piece, const Piece *pieces, const Control &control) {
+    at.query += BLOCK_M;
+    if (at.query < piece.q1) return false;
+    if (++at.piece == control.tile.first + control.tile.count) {
+        at.piece = control.tile.first;
+        if (++at.head == control.heads.past) {
+            at.head = NONE;
+            return false;
+        }
+    }
+    at.query = pieces[at.piece].q0;
+    return true;
+}
 
 // Starts loading one block of Q and dout (valid before row `end`), and returns this thread's row statistic: thread
 // i < BLOCK_M that of lse of row i (+inf where there is no row), the next BLOCK_M threads that of delta.
@@ -239,58 +254,19 @@ DEVICE void store_zeros(u32 to) {
 #if DQ
 typedef float Sums[DQ_TILES][DQ_COLUMNS / 8][4];
 
-// Adds `c` times `scale` to `dq`, of which `valid` rows and `dim` columns exist. `sums`: this warp's shared memory.
-#if STAGED
-DEVICE u32 sums_offset(int row, int column) {
-    return row * SUMS_PITCH + (DQ_COLUMNS % 32 ? column * 4 : column * 4 ^ row % 4 * 32);
+// A warp's part of dQ: from which row and column of the block on.
+struct DqPart {
+    int row, column;
+};
+DEVICE DqPart dq_part(int warp, int turn, int part) {
+    warp = int(opaque(u32(warp)));
+    return {(warp / DQ_WARPS_N * DQ_TURNS + turn) * DQ_TILES * 16, (warp % DQ_WARPS_N * DQ_PARTS + part) * DQ_COLUMNS};
 }
-// Whole lines go to the cache at once: what the four lanes of a row have of it would be a request of its own.
-DEVICE void add_sums(const Sums &c, float *dq, i64 stride, int valid, int dim, float scale, u32 sums, int lane) {
-    constexpr int UNITS = DQ_COLUMNS / ADD_WIDTH;
-    UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
-        UNROLL for (int half = 0; half < 2; ++half)
-            UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
-                store_shared2(sums + sums_offset(8 * half + lane / 4, 8 * j + lane % 4 * 2), c[mt][j][2 * half] * scale,
-                              c[mt][j][2 * half + 1] * scale);
-        warp_barrier();
-        UNROLL for (int i = 0; i < 16 * UNITS / WARP; ++i) {
-            const int unit = lane + WARP * i, row = unit / UNITS, column = unit % UNITS * ADD_WIDTH;
-            add_global_from(dq + (16 * mt + row) * stride + column, sums + sums_offset(row, column),
-                            16 * mt + row < valid && (EXACT || column < dim));
-        }
-        warp_barrier();
-    }
-}
-#else
-DEVICE void add_sums(const Sums &c, float *dq, i64 stride, int valid, int dim, float scale, u32, int lane) {
-    const int quad = lane % 4;
-    UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
-#if ALIGNED
-        // The four lanes of a row add 32 neighbouring bytes.
-        UNROLL for (int half = 0; half < 2; ++half) {
-            const int row = 16 * mt + lane / 4 + 8 * half, column = 2 * quad;
-            float *to = dq + row * stride + column;
-            UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
-                add_global2(to + 8 * j, c[mt][j][2 * half] * scale, c[mt][j][2 * half + 1] * scale,
-                            row < valid && (EXACT || column + 8 * j < dim));
-        }
-#else
-        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
-            UNROLL for (int e = 0; e < 4; ++e) {
-                int row = 16 * mt + lane / 4 + 8 * (e / 2), column = 8 * j + 2 * quad + e % 2;
-                if (row < valid && column < dim) add_global(dq + row * stride + column, c[mt][j][e] * scale);
-            }
-#endif
-    }
-}
-#endif
 
-// Adds this warp's part of scale * dS K to `dq`, the row of the block's first query: one of DQ_PARTS parts of its columns.
-DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 base, int warp, int lane, int part) {
-    const int row0 = warp / DQ_WARPS_N * DQ_TILES * 16, column0 = (warp % DQ_WARPS_N * DQ_PARTS + part) * DQ_COLUMNS;
-    Sums c;
-    const u32 ds = shifted<BLOCK_M>(base + DS_AT + lane_offset_b<BLOCK_M>(lane), 0, row0);
-    const u32 k = shifted<HEAD_DIM>(base + lane_offset_a<HEAD_DIM>(lane), 0, column0);
+// c = dS K.
+DEVICE void dq_products(Sums &c, u32 base, DqPart part, int lane) {
+    const u32 ds = shifted<BLOCK_M>(base + DS_AT + lane_offset_b<BLOCK_M>(lane), 0, part.row);
+    const u32 k = shifted<HEAD_DIM>(base + lane_offset_a<HEAD_DIM>(lane), 0, part.column);
     UNROLL for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
         u32 a[DQ_TILES][4];
         UNROLL for (int mt = 0; mt < DQ_TILES; ++mt)
@@ -304,9 +280,63 @@ DEVICE void add_dq(const BackwardParams &p, float *dq, int valid, u32 base, int 
             }
         }
     }
-    const int dim = EXACT ? HEAD_DIM : p.problem.head_dim;
-    add_sums(c, dq + row0 * p.dq.row + column0, p.dq.row, valid - row0, dim - column0, p.problem.scale,
-             base + SUMS_AT + warp * SUMS_BYTES, lane);
+}
+
+// Rows of dQ in memory: those of a head, of which a block has the ones from `query` on, and the ones before `end` exist.
+struct DqRows {
+    float *from;
+    int query, end;
+};
+DEVICE DqRows dq_rows(const BackwardParams &p, const Control &control, const Now &now) {
+    return {at<float>(p.dq, control.tile.batch, 0, now.head), now.query, now.piece.q1};
+}
+
+// Adds the step-th of `steps` portions of `c`.
+DEVICE void add_sums(const BackwardParams &p, const Sums &c, const DqRows &dq, DqPart part, int lane, int step, int steps) {
+#if LINES
+    static_assert(DQ_COLUMNS * 8 % HEAD_DIM == 0, "whole rows of memory");
+    constexpr int UNITS = DQ_COLUMNS / 16, COUNT = 2 * DQ_TILES * UNITS;
+    lane = int(opaque(u32(lane)));
+    const int row = dq.query + part.row + lane / 4;
+    const u32 stride = u32(p.dq.row);
+    float *to = dq.from + i64((row & ~7) + part.column * 8 / HEAD_DIM) * p.dq.row;
+    UNROLL for (int n = 0; n < COUNT; ++n) {
+        const int eight = n / UNITS, j = n % UNITS, e = eight % 2 * 2;
+        if (n * steps / COUNT == step) {
+            const float(&left)[4] = c[eight / 2][2 * j], (&right)[4] = c[eight / 2][2 * j + 1];
+            const float x[4] = {left[e], left[e + 1], right[e], right[e + 1]};
+            UNROLL for (int i = 0; i < 4; i += ADD_WIDTH)
+                add_global_units(to + sum_offset<HEAD_DIM>(stride, j, (row & 7) * 4 + lane % 4, i), x + i,
+                                 row + 8 * eight < dq.end);
+        }
+        if (j == UNITS - 1) to += 8 * stride;
+    }
+#else
+    if (step > 0) return;
+    const int quad = lane % 4, valid = dq.end - dq.query - part.row;
+    const int dim = (EXACT ? HEAD_DIM : p.problem.head_dim) - part.column;
+    const i64 stride = p.dq.row;
+    const float scale = p.problem.scale;
+    float *const from = dq.from + (dq.query + part.row) * stride + part.column;
+    UNROLL for (int mt = 0; mt < DQ_TILES; ++mt) {
+#if ALIGNED
+        // The four lanes of a row add 32 neighbouring bytes.
+        UNROLL for (int half = 0; half < 2; ++half) {
+            const int row = 16 * mt + lane / 4 + 8 * half, column = 2 * quad;
+            float *to = from + row * stride + column;
+            UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
+                add_global2(to + 8 * j, c[mt][j][2 * half] * scale, c[mt][j][2 * half + 1] * scale,
+                            row < valid && (EXACT || column + 8 * j < dim));
+        }
+#else
+        UNROLL for (int j = 0; j < DQ_COLUMNS / 8; ++j)
+            UNROLL for (int e = 0; e < 4; ++e) {
+                int row = 16 * mt + lane / 4 + 8 * (e / 2), column = 8 * j + 2 * quad + e % 2;
+                if (row < valid && column < dim) add_global(from + row * stride + column, c[mt][j][e] * scale);
+            }
+#endif
+    }
+#endif
 }
 #endif
 
@@ -356,15 +386,6 @@ DEVICE void store_statistic(float *stats, float x) {
         stats[threadIdx.x] = x;
 }
 
-// Local query heads of a KV head.
-struct Heads {
-    u32 first, past;
-};
-DEVICE Heads heads_of(const Problem &p, u32 kv) {
-    const int first = int((p.kv_first + kv) * p.group) - int(p.head_first), past = first + int(p.group);
-    return {u32(first > 0 ? first : 0), u32(past < int(p.heads) ? past : int(p.heads))};
-}
-
 KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
     extern __shared__ __align__(128) unsigned char memory[];
     const Piece *pieces = reinterpret_cast<const Piece *>(p.problem.pieces);
@@ -374,15 +395,13 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
     float *stats = reinterpret_cast<float *>(memory + STATS_AT);
     Control &control = *reinterpret_cast<Control *>(memory + CONTROL_AT);
 
-    Cursor next{0, 0, 0};
-    u32 heads = 0;
+    Cursor next{NONE, 0, 0};
     float stat = 0.0f;
     {
         const Place where = place(p.problem, p.problem.kv_heads);
         const Tile tile = reinterpret_cast<const Tile *>(p.problem.tiles)[where.tile];
         const Heads range = heads_of(p.problem, where.head);
         if (tile.count && range.first < range.past) {
-            heads = range.past;
             next = {range.first, tile.first, pieces[tile.first].q0};
             load_tile<BLOCK_N, HEAD_DIM, THREADS>(k_at, at<const u16>(p.k, tile.batch, tile.row0, where.head), p.k.row,
                                                   tile.rows, EXACT ? HEAD_DIM : p.problem.head_dim, threadIdx.x);
@@ -391,6 +410,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             stat = load_queries(p, tile.batch, next, pieces[next.piece].q1, base + Q_AT, base + O_AT);
             if (threadIdx.x == 0) {
                 control.tile = tile;
+                control.heads = range;
                 control.now[0] = {pieces[next.piece], next.query, next.head};
             }
         }
@@ -413,7 +433,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
     u32 context_head = ~0u;
 #endif
     u32 turn = 0;
-    while (next.head < heads) {
+    while (next.head != NONE) {
         const u32 stage = STAGES == 2 ? turn & 1 : 0, other = STAGES == 2 ? stage ^ 1 : 0;
         const u32 q_at = base + Q_AT + stage * Q_BYTES, o_at = base + O_AT + stage * O_BYTES;
         store_statistic(stats, stat);
@@ -421,7 +441,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
         barrier();  // the block is here, and nobody is in an earlier turn any more
         const Now &now = control.now[turn & 1];
         const int warp_key = control.tile.row0 + key_warp * KEYS;
-        const bool moved = advance(next, now.piece.q1, pieces, control.tile);
+        const bool moved = advance(next, now.piece, pieces, control);
         int end = now.piece.q1;
         // Before the loads, which shared memory serves in order. Bit i: of chunk i.
         u32 seen = 0, masked = 0;
@@ -435,7 +455,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
             seen |= u32(sees) << chunk;
             masked |= u32(cut) << chunk;
         }
-        if (next.head < heads) {
+        if (next.head != NONE) {
             if (moved) end = pieces[next.piece].q1;
             if (threadIdx.x == 0)
                 control.now[turn & 1 ^ 1] = {moved ? pieces[next.piece] : now.piece, next.query, next.head};
@@ -506,7 +526,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
 #endif
         // After the two products, which these loads would hold up.
         if (STAGES == 2) {
-            if (next.head < heads)
+            if (next.head != NONE)
                 stat = load_queries(p, control.tile.batch, next, end, base + Q_AT + other * Q_BYTES,
                                     base + O_AT + other * O_BYTES);
             copy_commit();
@@ -522,7 +542,7 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
 #endif
         if (SPLIT > 1) {
             const int lane_now = int(opaque(u32(lane)));  // no address is kept over turns: the loop needs the registers
-            const u32 warp_s = base + offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(lane_now);
+            u32 warp_s = base + offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(lane_now);
             const u32 lane_o = shifted<HEAD_DIM_V>(o_at + lane_offset_a<HEAD_DIM_V>(lane), 0, part * COLUMNS_V);
             const u32 lane_q = shifted<HEAD_DIM>(q_at + lane_offset_a<HEAD_DIM>(lane), 0, part * COLUMNS);
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) {
@@ -532,23 +552,40 @@ KERNEL(THREADS, MIN_BLOCKS) attention_backward(PARAMS(BackwardParams) p) {
                 gather16<HEAD_DIM_V, COLUMNS_V>(dv, a, shifted<HEAD_DIM_V>(lane_o, 16 * i, 0));
             }
             if (APART) barrier();  // dS is there
+#if DQ
+            Sums sums;
+            constexpr int STEPS = BLOCK_M / 16 / DQ_TURNS;
+#endif
             UNROLL for (int i = 0; i < BLOCK_M / 16; ++i) {
+#if DQ
+                if (BETWEEN && i % STEPS == 0) dq_products(sums, base, dq_part(warp, i / STEPS, 0), lane);
+#endif
                 u32 a[K_TILES][4];
+                if (BETWEEN)
+                    warp_s = base + offset<BLOCK_M>(key_warp * KEYS, 0) + lane_offset_a<BLOCK_M>(int(opaque(u32(lane))));
                 UNROLL for (int kt = 0; kt < K_TILES; ++kt)
                     load_matrices(a[kt], shifted<BLOCK_M>(warp_s + DS_AT, 16 * kt, 16 * i));
                 gather16<HEAD_DIM, COLUMNS>(dk, a, shifted<HEAD_DIM>(lane_q, 16 * i, 0));
+#if DQ
+                if (BETWEEN) add_sums(p, sums, dq_rows(p, control, now), dq_part(warp, i / STEPS, 0), lane, i % STEPS, STEPS);
+#endif
             }
             if (STAGES == 1) barrier();
         }
         if (STAGES == 1) {
-            if (next.head < heads)
+            if (next.head != NONE)
                 stat = load_queries(p, control.tile.batch, next, end, base + Q_AT, base + O_AT);
             copy_commit();
         }
 #if DQ
-        UNROLL for (int i = 0; i < DQ_PARTS; ++i)
-            add_dq(p, at<float>(p.dq, control.tile.batch, now.query, now.head), now.piece.q1 - now.query, base, warp,
-                   lane, i);
+        if (!BETWEEN) {
+            UNROLL for (int i = 0; i < DQ_PARTS; ++i) {
+                const DqPart part_now = dq_part(warp, 0, i);
+                Sums c;
+                dq_products(c, base, part_now, lane);
+                add_sums(p, c, dq_rows(p, control, now), part_now, lane, 0, 1);
+            }
+        }
 #endif
         ++turn;
     }

@@ -83,7 +83,7 @@ impl Emit {
             backward.heads,
         )?;
         if kernel.sums_dq() {
-            self.kernel(&name, "round", &Specialization::round_dq(spec.dtype), 0, 0)?;
+            self.kernel(&name, "round", &kernel.round_dq(&spec), 0, 0)?;
         }
         if !kernel.adds_dq() {
             let kernel = Specialization::backward_dq("emit", &spec, target, view)?;
@@ -160,9 +160,6 @@ impl Emit {
             self.kernel(dtype.name(), "prepare", &Specialization::prepare(dtype), 0, 0)?;
             self.kernel(dtype.name(), "accumulate", &Specialization::accumulate(dtype), 0, 0)?;
             self.kernel(dtype.name(), "fill", &Specialization::fill(dtype), 0, 0)?;
-            if self.target.flash3 && dtype != DType::F32 {
-                self.kernel(dtype.name(), "round", &Specialization::round_dq(dtype), 0, 0)?;
-            }
         }
         for unit in [2, 4, 8, 16] {
             self.kernel(&unit.to_string(), "copy", &Specialization::copy(unit), 0, 0)?;
@@ -181,6 +178,9 @@ impl Emit {
             self.kernel(name, "forward", &Specialization::forward("emit", spec, target, view)?, 0, 0)?;
             let backward = Specialization::backward("emit", spec, target, view)?;
             self.kernel(name, "backward", &backward, 0, 0)?;
+            if backward.sums_dq() {
+                self.kernel(name, "round", &backward.round_dq(spec), 0, 0)?;
+            }
             if !backward.adds_dq() {
                 self.kernel(name, "dq", &Specialization::backward_dq("emit", spec, target, view)?, 0, 0)?;
             }

@@ -72,7 +72,7 @@ pub(crate) struct BackwardTile {
     pub stages: u32,
     pub blocks: u32,
     pub side_by_side: bool,
-    pub staged: bool,
+    pub lines: bool,
     pub apart: bool,
 }
 
@@ -86,15 +86,7 @@ impl BackwardTile {
         let exchanges = u32::from(dq || self.split > 1) + u32::from(self.split > 1);
         let scores = exchanges * tile_bytes(self.keys(), self.queries);
         let control = 160;
-        let sums = if dq && self.staged { self.sums_bytes(d) } else { 0 };
-        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control + sums
-    }
-
-    /// 16 rows of each warp's dq on their way to memory.
-    fn sums_bytes(&self, d: u32) -> u32 {
-        let columns = self.dq_columns(d) / self.dq_parts(d);
-        let pitch = if columns.is_multiple_of(32) { columns } else { columns + 8 };
-        self.warps() * 16 * pitch * 4
+        pair(self.keys()) + self.stages * pair(self.queries) + scores + 8 * self.queries + control
     }
 
     pub fn warps(&self) -> u32 {
@@ -117,11 +109,12 @@ impl BackwardTile {
 
     /// Parts of a warp's columns of dq, one after the other where registers are short.
     pub fn dq_parts(&self, d: u32) -> u32 {
-        if (self.staged || self.k_tiles == 1) && self.dq_columns(d) == 64 { 2 } else { 1 }
+        if self.k_tiles == 1 && self.dq_columns(d) == 64 { 2 } else { 1 }
     }
 }
 
 pub(crate) fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target, view: View) -> Option<BackwardTile> {
+    let dq = !spec.deterministic;
     let of = |[key_warps, split, k_tiles, queries, chunk, stages, blocks, side]: [u32; 8]| BackwardTile {
         key_warps,
         split,
@@ -131,7 +124,7 @@ pub(crate) fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target, view: 
         stages,
         blocks,
         side_by_side: side == 1,
-        staged: false,
+        lines: dq && lines_dq(spec, target, view),
         apart: false,
     };
     let plain = !transforms(spec) && spec.dropout.is_none();
@@ -173,19 +166,23 @@ pub(crate) fn backward_tile(spec: &Spec, d: u32, dv: u32, target: Target, view: 
             [2, 2, 1, 32, 16, 1, 1, 0],
         ]
     };
-    let dq = !spec.deterministic;
     // Elsewhere registers spill, or it is not measured.
-    let staged = dq && plain && view.aligned && target.arch >= 90 && matches!(d, 64 | 128 | 256);
-    let staged = |t: BackwardTile| {
-        let apart = staged && t.split == 4 && d == dv;
+    let apart = |t: BackwardTile| {
+        let apart = dq && plain && view.aligned && target.arch == 90 && t.split == 4 && d == dv;
         let chunk = if apart { 2 * t.queries / t.split } else { t.chunk };
-        [BackwardTile { staged, apart, chunk, ..t }, t]
+        BackwardTile { apart, chunk, ..t }
     };
     let mut fitting = tiles
         .iter()
-        .flat_map(|t| staged(of(*t)))
+        .map(|t| apart(of(*t)))
         .filter(|t| d.is_multiple_of(16 * t.split) && dv.is_multiple_of(16 * t.split));
     fitting.find(|t| target.fits(t.bytes(d, dv, dq), t.blocks) && (!dq || t.dq_warps_m(d).is_some()))
+}
+
+/// Whether sums of dq lie in the order of `cu/sm80_sums.cuh`. Not beside Hopper's kernels, which have an order of their own.
+fn lines_dq(spec: &Spec, target: Target, view: View) -> bool {
+    let fits = matches!(spec.head_dim, 64 | 128 | 256) && spec.q_rows.is_multiple_of(8) && spec.scale.is_normal();
+    fits && view.aligned && !target.flash3
 }
 
 pub(crate) struct DqTile {

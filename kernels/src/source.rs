@@ -59,9 +59,11 @@ sources! {
     /// `prepare_delta` and `prepare_dsinks`.
     PREPARE = "attention_prepare.cu";
     /// `attention_backward` for 16-bit elements on NVIDIA's tensor cores.
-    SM80_BACKWARD = "sm80_attention_backward.cu";
+    SM80_BACKWARD = "sm80_sums.cuh" "sm80_attention_backward.cu";
     /// `attention_backward_dq` for 16-bit elements on NVIDIA's tensor cores, used in the deterministic mode.
     SM80_BACKWARD_DQ = "sm80_attention_backward_dq.cu";
+    /// `round_dq` and `reorder_dq`, for sums of dq of `attention_backward` with LINES.
+    SM80_BACKWARD_ROUND = "sm80_sums.cuh" "sm80_attention_backward_round.cu";
     /// `attention_forward` for 16-bit elements on NVIDIA's tensor cores.
     SM80_FORWARD = "sm80_attention_forward.cu";
     /// `attention_backward` for 16-bit elements on sm_90a.

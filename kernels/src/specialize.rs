@@ -214,7 +214,7 @@ impl Specialization {
             format!("STAGES={}", tile.stages),
             format!("DQ_WARPS_M={}", tile.dq_warps_m(d).unwrap_or(1)),
             format!("DQ_PARTS={}", tile.dq_parts(d)),
-            format!("STAGED={}", u32::from(tile.staged)),
+            format!("LINES={}", u32::from(tile.lines)),
             format!("APART={}", u32::from(tile.apart)),
             format!("SIDE_BY_SIDE={}", u32::from(tile.side_by_side)),
             format!("MIN_BLOCKS={}", tile.blocks),
@@ -239,13 +239,20 @@ impl Specialization {
 
     /// Whether what this backward adds to is no f32 dq, but sums that [`Specialization::round_dq`] makes it of.
     pub fn sums_dq(&self) -> bool {
-        self.defines.iter().any(|d| d == "DQ_QUADS=1")
+        self.defines.iter().any(|d| d == "DQ_QUADS=1" || d == "LINES=1")
     }
 
-    /// `round_dq` makes dq of sums, `reorder_dq` f32 dq in place of them or the reverse; with [`crate::params::RoundParams`],
-    /// any grid (grid-stride loops).
-    pub fn round_dq(into: DType) -> Self {
-        Self::plain(Source::SM90_BACKWARD_ROUND, &["round_dq", "reorder_dq"], vec![io(into).to_owned()], 256)
+    /// Of a backward of `spec` with [`Specialization::sums_dq`]: `round_dq` makes dq of sums, `reorder_dq` f32 dq in place of
+    /// them or the reverse; with [`crate::params::RoundParams`], any grid (grid-stride loops).
+    pub fn round_dq(&self, spec: &Spec) -> Self {
+        let mut defines = vec![io(spec.dtype).to_owned()];
+        let source = if self.source == Source::SM80_BACKWARD {
+            defines.push(format!("DQ_DIM={}", spec.head_dim));
+            Source::SM80_BACKWARD_ROUND
+        } else {
+            Source::SM90_BACKWARD_ROUND
+        };
+        Self::plain(source, &["round_dq", "reorder_dq"], defines, 256)
     }
 
     /// dq of `spec` without atomics: `attention_backward_dq` with [`crate::params::BackwardParams`] over query tiles.

@@ -60,7 +60,28 @@ fn warps_divide_dq_on_every_architecture() {
         let across = kernel.threads / 32 / along;
         let name = kernel.name();
         assert!(queries % (16 * along) == 0 && d % (16 * across) == 0 && across > 0, "{target:?}: {name}");
+        let columns = d / across / number(&kernel, "DQ_PARTS").unwrap_or(1);
+        assert!(!kernel.sums_dq() || (columns * 8).is_multiple_of(d), "{target:?}: {name}");
     }
+}
+
+/// An order of sums is the same for every call that adds to them: it depends on nothing but the spec, and on whether views are
+/// aligned, which `reorder_dq` is for.
+#[test]
+fn sums_of_dq_lie_in_lines_where_rows_are_whole() {
+    let lines = |q_rows, d, target: Target, aligned| {
+        let spec = Spec::new(DType::Bf16, 1, [q_rows, 64], [4, 2], d);
+        let view = View { aligned, mapped: false };
+        Specialization::backward("test", &spec, target, view).expect("supported").sums_dq()
+    };
+    for arch in [80, 86, 89, 100] {
+        let target = Target::nvidia(arch);
+        assert!([64, 128, 256].iter().all(|d| lines(64, *d, target, true)), "{arch}");
+        assert!(!lines(60, 64, target, true) && !lines(64, 96, target, true) && !lines(64, 64, target, false));
+    }
+    // Beside Hopper's own kernels, whose sums lie in another order.
+    assert!(!lines(64, 128, Target::nvidia(90), true));
+    assert!(lines(64, 128, Target { flash3: false, ..Target::nvidia(90) }, true));
 }
 
 #[test]

@@ -160,7 +160,7 @@ impl GpuAttention {
     }
 
     fn pass_dq(&self, on: &GpuStream, entry: usize, of: (&Spec, &Strided), params: RoundParams) -> Result<()> {
-        let kernel = self.device.context().kernel(&Specialization::round_dq(of.0.dtype))?;
+        let kernel = self.device.context().kernel(&self.kernels(of.0, &[])?.backward.round_dq(of.0))?;
         kernel.launch(on, entry, self.passing(kernel.threads, of.1, 4), &params)
     }
 
