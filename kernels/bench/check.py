@@ -130,7 +130,7 @@ def random_spec(rng, index):
     heads_total, group = rng.choice([(1, 1), (4, 1), (8, 4), (6, 6), (32, 4)])
     first = rng.randrange(heads_total)
     heads = rng.randint(1, min(6, heads_total - first))
-    spec = dict(dtype=rng.choice(["bf16", "bf16", "f16", "f32"]), batch=rng.randint(1, 2), q_rows=rng.choice([1, 17, 130, 300, 700]),
+    spec = dict(dtype=rng.choice(["bf16", "bf16", "f16", "f32"]), batch=rng.randint(1, 2), q_rows=rng.choice([1, 40, 130, 296, 704]),
                 k_rows=rng.choice([5, 64, 190, 333]), heads=heads, kv_heads=(first + heads - 1) // group + 1 - first // group,
                 head_dim=d, head_dim_v=dv, heads_total=heads_total, group=group, head_first=first, batch_first=rng.randrange(3))
     spec["scale"] = rng.choice([1.0, 1.0, 1.0, 2.0, -0.7]) / d**0.5
