@@ -130,6 +130,10 @@ impl Emit {
             let bf16 = plain(DType::Bf16);
             let common = d != dv || [64, 96, 128, 192, 256].contains(&d);
             let mut specs = vec![bf16.clone(), bf16.clone().with_deterministic(true)];
+            if d == dv && [64, 128, 256].contains(&d) {
+                // Sums of dq not in lines.
+                specs.push(Spec::new(DType::Bf16, 1, [255, 256], [4, 2], d));
+            }
             if common {
                 specs.extend([
                     plain(DType::F16).with_accumulate(true).with_partial(true),
