@@ -21,18 +21,18 @@ pub(crate) const BUILD_MPI: &str = "build with `--features mpi`; that needs an M
 
 /// Names of the backends that were compiled in.
 pub fn backends() -> Vec<&'static str> {
-    #[allow(unused_mut)] // no backend, no push
+    #[allow(unused_mut)] // without any backend
     let mut names = Vec::new();
     #[cfg(feature = "ascend")]
     names.extend([longspan_ascend::Ascend::NAME, longspan_ascend::AscendFused::NAME]);
     #[cfg(feature = "cpu")]
     names.extend(longspan_cpu::Cpu::names());
     #[cfg(feature = "cuda")]
-    names.push(longspan_cuda::Cuda::NAME);
+    names.extend([longspan_cuda::Cuda::NAME]);
     #[cfg(feature = "rocm")]
-    names.push(longspan_rocm::Rocm::NAME);
+    names.extend([longspan_rocm::Rocm::NAME]);
     #[cfg(feature = "mpi")]
-    names.push(longspan_mpi::Mpi::NAME);
+    names.extend([longspan_mpi::Mpi::NAME]);
     names
 }
 
