@@ -7,7 +7,7 @@ use longspan_hal::{DType, Result};
 use crate::heads::Which;
 use crate::message::{Messages, Recv, Send};
 use crate::rows::{Rows, Segment};
-use crate::workspace::{Arena, Place, Region};
+use crate::workspace::{Arena, Place, Region, Tensor};
 use crate::{Coords, Plan};
 
 /// One tensor that an all-to-all moves.
@@ -74,6 +74,9 @@ fn outputs(plan: &Plan, backward: bool) -> Vec<Kind> {
 /// lse and delta.
 pub(crate) const ROWS: [Kind; 2] = [Kind { which: Which::Query, dim: 1, dtype: DType::F32 }; 2];
 
+/// Which input dout is.
+const DOUT: usize = 3;
+
 /// Head groups in flight: one travels while the other computes.
 pub(crate) const SLOTS: usize = 2;
 
@@ -82,7 +85,7 @@ pub(crate) const SLOTS: usize = 2;
 pub(crate) struct Slot {
     /// Gathered blocks, in the window.
     pub inputs: Vec<Region>,
-    /// Results of the block, in the buffer.
+    /// Results of the block, in the buffer or in place of inputs.
     pub outputs: Vec<Region>,
 }
 
@@ -123,18 +126,21 @@ impl Gathering {
     pub fn new(plan: &Plan, backward: bool, arena: &mut Arena) -> Result<Self> {
         let (inputs, outputs) = (inputs(plan, backward), outputs(plan, backward));
         let groups = 0..plan.cut.groups();
-        let slots = (0..groups.len().min(SLOTS)).map(|i| slot(plan, i, &inputs, &outputs, arena));
-        let slots = slots.collect::<Result<Vec<_>>>()?;
+        let batch = plan.problem.batch;
+        let packing = outputs.iter().map(|k| {
+            let heads = groups.clone().map(|g| packed_heads(plan, g, *k).1).max().unwrap_or(0);
+            (k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
+        });
+        let packing: Vec<Tensor> = packing.collect();
+        let sharing = Sharing { plan, backward, outputs: &outputs };
+        let slots = slots(&sharing, &inputs, &packing, arena)?;
+        let packed = packing.iter().enumerate().map(|(i, tensor)| match sharing.packed(i) {
+            Some(input) => slots[0].inputs[input].tensor(*tensor),
+            None => arena.take(Place::Window, tensor.0, tensor.1),
+        });
+        let packed = packed.collect::<Result<Vec<_>>>()?;
         let (rows, gather_rows) =
             if backward { gather_rows(plan, arena).map(|(r, m)| (r, Some(m)))? } else { (Vec::new(), None) };
-        let batch = plan.problem.batch;
-        let packed = outputs
-            .iter()
-            .map(|k| {
-                let heads = groups.clone().map(|g| packed_heads(plan, g, *k).1).max().unwrap_or(0);
-                arena.take(Place::Window, k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
-            })
-            .collect::<Result<Vec<_>>>()?;
         let mut sums = Vec::new();
         for k in outputs.iter().filter(|k| k.summed(plan)) {
             let extent = [batch, local_rows(plan, *k), k.heads_total(plan), k.dim];
@@ -179,20 +185,68 @@ pub(crate) fn packed_heads(plan: &Plan, g: usize, kind: Kind) -> (Vec<Range<usiz
     plan.cut.packed(g, kind.which, |u| u != own || kind.summed(plan))
 }
 
-/// Slot `i`: for the groups that use it.
-fn slot(plan: &Plan, i: usize, inputs: &[Kind], outputs: &[Kind], arena: &mut Arena) -> Result<Slot> {
-    let groups = || (i..plan.cut.groups()).step_by(SLOTS);
-    let mut largest = |kinds: &[Kind], place| {
-        kinds
-            .iter()
-            .map(|k| {
-                let mut extent = block_extent(plan, *k, 0);
-                extent[2] = groups().map(|g| k.heads(plan, g).len()).max().unwrap_or(0);
-                arena.take(place, k.dtype, extent)
-            })
-            .collect::<Result<Vec<_>>>()
+/// Which results lie in the memory of gathered inputs that nobody reads any more: those of a backward, whose peak is the higher
+/// one.
+struct Sharing<'a> {
+    plan: &'a Plan,
+    backward: bool,
+    outputs: &'a [Kind],
+}
+
+impl Sharing<'_> {
+    /// The slot in whose input `i` the result `i` of `slot` lies. Gradients rounded from sums lie in place of what they are
+    /// gradients of; others are written beside it, where the last of two groups finds the inputs of the first one read.
+    ///
+    /// Inputs of the next group of the slot are not in the way: they arrive in rows of other ranks, whose gradients were given
+    /// back before, and the copies of own rows are in order too.
+    fn result(&self, i: usize, slot: usize) -> Option<usize> {
+        let kind = self.outputs.get(i).filter(|kind| self.backward && !kind.summed(self.plan))?;
+        let last_of_two = self.plan.cut.groups() == 2 && slot == 1;
+        if self.plan.sums_apart() { Some(slot) } else { last_of_two.then_some(0) }
+    }
+
+    /// The input of the first slot in whose memory results `i` come back, where that slot is not gathered into again: dq in that
+    /// of dout, and dk and dv in k and v where no result is there.
+    fn packed(&self, i: usize) -> Option<usize> {
+        let groups = self.plan.cut.groups();
+        let free = (0..SLOTS).all(|slot| self.result(i, slot) != Some(0));
+        match i {
+            _ if !self.backward || groups > SLOTS => None,
+            0 => Some(DOUT),
+            _ => free.then_some(i),
+        }
+    }
+}
+
+/// The slots: each for the groups that use it, and with room for what shares their memory.
+fn slots(sharing: &Sharing<'_>, inputs: &[Kind], packing: &[Tensor], arena: &mut Arena) -> Result<Vec<Slot>> {
+    let (plan, outputs) = (sharing.plan, sharing.outputs);
+    let count = plan.cut.groups().min(SLOTS);
+    let tensor = |k: Kind, slot: usize| {
+        let mut extent = block_extent(plan, k, 0);
+        extent[2] = (slot..plan.cut.groups()).step_by(SLOTS).map(|g| k.heads(plan, g).len()).max().unwrap_or(0);
+        (k.dtype, extent)
     };
-    Ok(Slot { inputs: largest(inputs, Place::Window)?, outputs: largest(outputs, Place::Buffer)? })
+    let mut slots = Vec::with_capacity(count);
+    for slot in 0..count {
+        let inputs = inputs.iter().enumerate().map(|(i, kind)| {
+            let results = (0..count).filter(|of| sharing.result(i, *of) == Some(slot)).map(|of| tensor(outputs[i], of));
+            let packed = (0..packing.len()).filter(|p| slot == 0 && sharing.packed(*p) == Some(i)).map(|p| packing[p]);
+            arena.take_shared(Place::Window, tensor(*kind, slot), &results.chain(packed).collect::<Vec<_>>())
+        });
+        slots.push(Slot { inputs: inputs.collect::<Result<_>>()?, outputs: Vec::with_capacity(outputs.len()) });
+    }
+    for slot in 0..count {
+        for (i, kind) in outputs.iter().enumerate() {
+            let (dtype, extent) = tensor(*kind, slot);
+            let region = match sharing.result(i, slot) {
+                Some(of) => slots[of].inputs[i].tensor((dtype, extent))?,
+                None => arena.take(Place::Buffer, dtype, extent)?,
+            };
+            slots[slot].outputs.push(region);
+        }
+    }
+    Ok(slots)
 }
 
 fn peers(plan: &Plan) -> impl Iterator<Item = (usize, Coords, u32)> {
