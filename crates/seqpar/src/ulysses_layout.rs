@@ -185,8 +185,7 @@ pub(crate) fn packed_heads(plan: &Plan, g: usize, kind: Kind) -> (Vec<Range<usiz
     plan.cut.packed(g, kind.which, |u| u != own || kind.summed(plan))
 }
 
-/// Which results lie in the memory of gathered inputs that nobody reads any more: those of a backward, whose peak is the higher
-/// one.
+/// Which results lie in the memory of gathered inputs that nobody reads any more.
 struct Sharing<'a> {
     plan: &'a Plan,
     backward: bool,
@@ -197,12 +196,17 @@ impl Sharing<'_> {
     /// The slot in whose input `i` the result `i` of `slot` lies. Gradients rounded from sums lie in place of what they are
     /// gradients of; others are written beside it, where the last of two groups finds the inputs of the first one read.
     ///
-    /// Inputs of the next group of the slot are not in the way: they arrive in rows of other ranks, whose gradients were given
-    /// back before, and the copies of own rows are in order too.
+    /// In place, inputs of the slot's next group come while results of this one are still copied. Rows keep them apart, if they
+    /// lie alike: own rows are copied one after the other, and those of others arrive after they were given back.
     fn result(&self, i: usize, slot: usize) -> Option<usize> {
-        let kind = self.outputs.get(i).filter(|kind| self.backward && !kind.summed(self.plan))?;
-        let last_of_two = self.plan.cut.groups() == 2 && slot == 1;
-        if self.plan.sums_apart() { Some(slot) } else { last_of_two.then_some(0) }
+        let (plan, groups) = (self.plan, self.plan.cut.groups());
+        let kind = self.outputs.get(i).filter(|kind| !kind.summed(plan))?;
+        if self.backward && plan.sums_apart() {
+            let mut heads = (slot..groups).step_by(SLOTS).map(|g| kind.heads(plan, g).len());
+            let first = heads.next();
+            return heads.all(|n| Some(n) == first).then_some(slot);
+        }
+        (groups == 2 && slot == 1).then_some(0)
     }
 
     /// The input of the first slot in whose memory results `i` come back, where that slot is not gathered into again: dq in that
