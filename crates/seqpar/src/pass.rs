@@ -189,7 +189,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Documents, Layout, Mask, Mesh, Placement, Problem, Route};
+    use crate::ulysses_layout::{Kind, SLOTS, block_extent};
+    use crate::{Coords, Documents, Layout, Mask, Mesh, Placement, Problem, Route};
 
     /// A problem with layouts, masks and meshes of every kind.
     fn plans() -> impl Strategy<Value = Vec<Plan>> {
@@ -295,6 +296,30 @@ mod tests {
                         for (i, a) in all.iter().enumerate() {
                             let meets = all[..i].iter().any(|b| a.place == b.place && a.at.overlaps(&b.at));
                             prop_assert!(!meets, "group {} of {}: {:?} in {:?}", g, groups, a, all);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// What comes into a slot lies apart from results of its group before that are still copied: own rows from those of others.
+        #[test]
+        fn rows_of_a_slot_lie_apart(plans in plans(), backward in any::<bool>()) {
+            for plan in plans.iter().filter(|p| p.gathers() && p.cut.groups() > SLOTS) {
+                let layout = PassLayout::new(plan, backward).expect("laid out");
+                let x = layout.gathering.as_ref().expect("it gathers");
+                let rows = |kind: Kind, region: &Region, g: usize, u: u32| {
+                    let block = region.with_extent(block_extent(plan, kind, g)).expect("it fits");
+                    let segments = kind.rows(plan).segments(Coords { ulysses: u, ..plan.at });
+                    segments.map(|s| block.rows(s.block).expect("it has them"))
+                };
+                for g in 0..plan.cut.groups() - SLOTS {
+                    let slot = x.slot(g);
+                    for (i, (a, b)) in slot.outputs.iter().zip(&slot.inputs).enumerate().filter(|(_, (a, b))| a.place == b.place) {
+                        let (own, others) = (plan.at.ulysses, (0..plan.mesh.ulysses()).filter(|u| *u != plan.at.ulysses));
+                        for [left, comes] in others.flat_map(|u| [[own, u], [u, own]]) {
+                            let [left, comes] = [rows(x.outputs[i], a, g, left), rows(x.inputs[i], b, g + SLOTS, comes)];
+                            prop_assert!(!left.iter().any(|a| comes.iter().any(|b| a.at.overlaps(&b.at))), "group {}", g);
                         }
                     }
                 }
