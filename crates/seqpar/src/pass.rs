@@ -283,15 +283,23 @@ mod tests {
                 let layout = PassLayout::new(plan, backward).expect("laid out");
                 let x = layout.gathering.as_ref().expect("it gathers");
                 let (groups, in_place) = (plan.cut.groups(), backward && plan.sums_apart());
-                let (none, packed): (&[Region], _) = (&[], x.packed.as_slice());
+                let none: &[Region] = &[];
                 for g in 0..groups {
                     let [inputs, results] = [&x.slot(g).inputs, &x.slot(g).outputs].map(Vec::as_slice);
                     let written = if in_place { none } else { results };
                     let next = if g + 1 < groups { &x.slot(g + 1).inputs } else { none };
-                    let (came, before) = if g > 0 { (packed, x.slot(g - 1).outputs.as_slice()) } else { (none, none) };
+                    let (came, before) =
+                        if g > 0 { (x.packed(g - 1), x.slot(g - 1).outputs.as_slice()) } else { (none, none) };
+                    // That of the last group is not waited for.
+                    let still = if g + 1 < groups { none } else { came };
                     // Beside the attention of `g`; beside what is sent of the group before, over which the next one is gathered
                     // row by row; as the results of `g` are rounded and sent.
-                    for there in [[inputs, written, next, came], [inputs, written, before, came], [results, next, packed, none]] {
+                    for there in [
+                        [inputs, written, next, came],
+                        [inputs, written, before, came],
+                        [results, next, x.packed(g), still],
+                        [results, before, x.packed(g), still],
+                    ] {
                         let all = there.concat();
                         for (i, a) in all.iter().enumerate() {
                             let meets = all[..i].iter().any(|b| a.place == b.place && a.at.overlaps(&b.at));

@@ -109,8 +109,8 @@ pub(crate) struct Gathering {
     pub slots: Vec<Slot>,
     /// lse and delta of the block for a backward, this rank's heads of all groups, in the window.
     pub rows: Vec<Region>,
-    /// Results of the group that came back, heads packed in rank order, in the window.
-    pub packed: Vec<Region>,
+    /// Results of a group that came back, heads packed in rank order, in the window: of all groups but the last, and of the last.
+    packed: [Vec<Region>; 2],
     /// f32 sums of dk and dv over all heads, where KV heads are replicated.
     pub sums: Vec<Region>,
     pub joint: Option<Joint>,
@@ -127,18 +127,24 @@ impl Gathering {
         let (inputs, outputs) = (inputs(plan, backward), outputs(plan, backward));
         let groups = 0..plan.cut.groups();
         let batch = plan.problem.batch;
-        let packing = outputs.iter().map(|k| {
-            let heads = groups.clone().map(|g| packed_heads(plan, g, *k).1).max().unwrap_or(0);
-            (k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
+        let last = plan.cut.groups() - 1;
+        let packing = [0..last, last..last + 1].map(|groups| {
+            let tensor = |k: &Kind| {
+                let heads = groups.clone().map(|g| packed_heads(plan, g, *k).1).max().unwrap_or(0);
+                (k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
+            };
+            outputs.iter().map(tensor).collect::<Vec<Tensor>>()
         });
-        let packing: Vec<Tensor> = packing.collect();
         let sharing = Sharing { plan, backward, outputs: &outputs };
         let slots = slots(&sharing, &inputs, &packing, arena)?;
-        let packed = packing.iter().enumerate().map(|(i, tensor)| match sharing.packed(i) {
-            Some(input) => slots[0].inputs[input].tensor(*tensor),
-            None => arena.take(Place::Window, tensor.0, tensor.1),
-        });
-        let packed = packed.collect::<Result<Vec<_>>>()?;
+        let mut packed = [Vec::new(), Vec::new()];
+        for (of, i) in sharing.all_packed() {
+            let tensor = packing[of][i];
+            packed[of].push(match sharing.packed(of, i) {
+                Some((slot, input)) => slots[slot].inputs[input].tensor(tensor)?,
+                None => arena.take(Place::Window, tensor.0, tensor.1)?,
+            });
+        }
         let (rows, gather_rows) =
             if backward { gather_rows(plan, arena).map(|(r, m)| (r, Some(m)))? } else { (Vec::new(), None) };
         let mut sums = Vec::new();
@@ -153,13 +159,19 @@ impl Gathering {
             gather(plan, &inputs, |which, u| which.of(plan.cut.of(g, u)).clone(), &blocks)
         });
         let gather = gather.collect::<Result<_>>()?;
-        let give_back = groups.map(|g| give_back(plan, g, &outputs, &packed)).collect::<Result<_>>()?;
+        let give_back = groups.map(|g| give_back(plan, g, &outputs, &packed[usize::from(g == last)]));
+        let give_back = give_back.collect::<Result<_>>()?;
         Ok(Self { inputs, outputs, slots, rows, packed, sums, joint, gather, gather_rows, give_back })
     }
 
     /// Slot of head group `g`.
     pub fn slot(&self, g: usize) -> &Slot {
         &self.slots[g % SLOTS]
+    }
+
+    /// Where results of head group `g` come back.
+    pub fn packed(&self, g: usize) -> &[Region] {
+        &self.packed[usize::from(g + 1 == self.give_back.len())]
     }
 }
 
@@ -209,21 +221,30 @@ impl Sharing<'_> {
         (groups == 2 && slot == 1).then_some(0)
     }
 
-    /// The input of the first slot in whose memory results `i` come back, where that slot is not gathered into again: dq in that
-    /// of dout, and dk and dv in k and v where no result is there.
-    fn packed(&self, i: usize) -> Option<usize> {
+    /// The slot and its input in whose memory results `i` come back, of the last group (`of` is 1) or of those before (0). The
+    /// inputs of the last group are all read by then: dq comes into dout, dk and dv into k and v where no result is there. Of two
+    /// groups the first one's dout is not gathered again either.
+    fn packed(&self, of: usize, i: usize) -> Option<(usize, usize)> {
         let groups = self.plan.cut.groups();
-        let free = (0..SLOTS).all(|slot| self.result(i, slot) != Some(0));
+        let slot = if of == 1 { (groups - 1) % SLOTS } else { 0 };
+        let dead = self.backward && (of == 1 || groups == 2);
+        let free = || of == 1 && (0..SLOTS).all(|other| self.result(i, other) != Some(slot));
         match i {
-            _ if !self.backward || groups > SLOTS => None,
-            0 => Some(DOUT),
-            _ => free.then_some(i),
+            _ if !dead => None,
+            0 => Some((slot, DOUT)),
+            _ => free().then_some((slot, i)),
         }
+    }
+
+    /// Everything that [`Sharing::packed`] is asked for.
+    fn all_packed(&self) -> impl Iterator<Item = (usize, usize)> {
+        let results = self.outputs.len();
+        (0..2).flat_map(move |of| (0..results).map(move |i| (of, i)))
     }
 }
 
 /// The slots: each for the groups that use it, and with room for what shares their memory.
-fn slots(sharing: &Sharing<'_>, inputs: &[Kind], packing: &[Tensor], arena: &mut Arena) -> Result<Vec<Slot>> {
+fn slots(sharing: &Sharing<'_>, inputs: &[Kind], packing: &[Vec<Tensor>; 2], arena: &mut Arena) -> Result<Vec<Slot>> {
     let (plan, outputs) = (sharing.plan, sharing.outputs);
     let count = plan.cut.groups().min(SLOTS);
     let tensor = |k: Kind, slot: usize| {
@@ -235,7 +256,8 @@ fn slots(sharing: &Sharing<'_>, inputs: &[Kind], packing: &[Tensor], arena: &mut
     for slot in 0..count {
         let inputs = inputs.iter().enumerate().map(|(i, kind)| {
             let results = (0..count).filter(|of| sharing.result(i, *of) == Some(slot)).map(|of| tensor(outputs[i], of));
-            let packed = (0..packing.len()).filter(|p| slot == 0 && sharing.packed(*p) == Some(i)).map(|p| packing[p]);
+            let packed = sharing.all_packed().filter(|(of, p)| sharing.packed(*of, *p) == Some((slot, i)));
+            let packed = packed.map(|(of, p)| packing[of][p]);
             arena.take_shared(Place::Window, tensor(*kind, slot), &results.chain(packed).collect::<Vec<_>>())
         });
         slots.push(Slot { inputs: inputs.collect::<Result<_>>()?, outputs: Vec::with_capacity(outputs.len()) });
