@@ -123,6 +123,14 @@ impl GpuCollective {
         Err(Error::invalid("stream", format!("it is of device {}", on.context().ordinal)))
     }
 
+    /// This rank's side of the exchange of `ops`, with what it packs messages in.
+    fn draft(&self, ops: &[P2p<'_, GpuDevice>]) -> Result<Draft> {
+        let Wire::Nccl(comm, _) = &self.wire else { return Draft::new(&self.group, ops, false) };
+        let mut draft = Draft::new(&self.group, ops, true)?;
+        draft.grew = comm.packing.grow(&self.device, draft.staging)?;
+        Ok(draft)
+    }
+
     /// Opens the windows of other processes that `draft` sends to, if there are any; all ranks could, or none goes on.
     fn open(&self, draft: &Draft, offers: &[Vec<u8>]) -> Result<Vec<Vec<Part>>> {
         let Wire::Abroad(abroad) = &self.wire else { return Ok(Vec::new()) };
@@ -194,7 +202,7 @@ impl Collective<GpuDevice> for GpuCollective {
     }
 
     fn prepare(&self, ops: &[P2p<'_, GpuDevice>]) -> Result<GpuExchange> {
-        let draft = Draft::new(&self.device, &self.group, ops, matches!(self.wire, Wire::Nccl(..)));
+        let draft = self.draft(ops);
         let messages = draft.as_ref().map(Draft::messages).map_err(Error::clone);
         let described = draft.as_ref().map_or_else(|_| Fields::default(), Abroad::describe);
         let mine = Fields::default().bytes(&offer(&messages).0).bytes(&described.0);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use longspan_hal::{DType, Device, Error, Extent, P2p, Result, Strided, View};
+use longspan_hal::{DType, Error, Extent, P2p, Result, Strided, View};
 use longspan_peers::Message;
 
 use crate::device::GpuDevice;
@@ -45,8 +45,10 @@ pub(crate) struct Draft {
     pub from: Vec<u32>,
     /// Where each message arrives.
     pub recvs: Vec<Part>,
-    /// Memory for messages that must lie dense to travel.
-    pub staging: Option<Buffer>,
+    /// Bytes of the group's staging that a round uses, for messages that must lie dense to travel.
+    pub staging: usize,
+    /// By how many bytes it grew for this exchange.
+    pub grew: usize,
     /// Where in the staging each send would lie.
     pub staged_sends: Vec<Option<Strided>>,
     /// Where in the staging each receive lies, if it is staged.
@@ -67,15 +69,15 @@ impl Draft {
     /// Checks what one rank can check alone; `packs` where messages must lie dense to travel.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a peer out of range, a receive outside windows, receives that overlap;
-    /// [`Error::OutOfMemory`].
-    pub(crate) fn new(device: &GpuDevice, group: &Group, ops: &[P2p<'_, GpuDevice>], packs: bool) -> Result<Self> {
+    /// [`Error::Invalid`] for a peer out of range, a receive outside windows, receives that overlap.
+    pub(crate) fn new(group: &Group, ops: &[P2p<'_, GpuDevice>], packs: bool) -> Result<Self> {
         let mut draft = Self {
             sends: Vec::new(),
             to: Vec::new(),
             from: Vec::new(),
             recvs: Vec::new(),
-            staging: None,
+            staging: 0,
+            grew: 0,
             staged_sends: Vec::new(),
             staged_recvs: Vec::new(),
         };
@@ -101,7 +103,7 @@ impl Draft {
             }
         }
         draft.check_overlap()?;
-        draft.stage(device, group.rank(), packs)?;
+        draft.stage(group.rank(), packs)?;
         Ok(draft)
     }
 
@@ -124,24 +126,16 @@ impl Draft {
     }
 
     /// Sizes the staging: sends may be given strided in any round, receives are known to be strided or not.
-    fn stage(&mut self, device: &GpuDevice, me: u32, packs: bool) -> Result<()> {
-        let mut bytes = 0;
+    fn stage(&mut self, me: u32, packs: bool) -> Result<()> {
+        let bytes = &mut self.staging;
         for (&to, &(dtype, extent)) in self.to.iter().zip(&self.sends) {
-            self.staged_sends.push(slot(packs && to != me, &mut bytes, dtype, extent)?);
+            self.staged_sends.push(slot(packs && to != me, bytes, dtype, extent)?);
         }
         for (&from, recv) in self.from.iter().zip(&self.recvs) {
             let staged = packs && from != me && !recv.at.is_dense();
-            self.staged_recvs.push(slot(staged, &mut bytes, recv.at.dtype(), recv.at.extent())?);
-        }
-        if bytes > 0 {
-            self.staging = Some(device.alloc(bytes)?);
+            self.staged_recvs.push(slot(staged, bytes, recv.at.dtype(), recv.at.extent())?);
         }
         Ok(())
-    }
-
-    /// The part of the staging at `at`.
-    pub(crate) fn staged(&self, at: Option<Strided>) -> Option<Part> {
-        Some(Part { buffer: self.staging.clone()?, at: at? })
     }
 
     /// Messages to and from `peer`: indices of sends and of receives.
@@ -172,9 +166,9 @@ impl GpuExchange {
         Self { group, id, draft, abroad, round: AtomicU64::new(0) }
     }
 
-    /// Bytes of staging.
+    /// Bytes by which the group's staging grew for it.
     pub(crate) fn staging_bytes(&self) -> usize {
-        self.draft.staging.as_ref().map_or(0, Buffer::bytes)
+        self.draft.grew
     }
 
     /// The number and the checked sends of the next round.

@@ -48,6 +48,7 @@ mod machine;
 mod memory;
 mod nccl;
 mod neighbours;
+mod packing;
 mod peer;
 mod plan;
 mod region;

@@ -3,7 +3,7 @@
 //! ```text
 //! exchange(on):
 //!   meet every peer of the round on the host, where ranks are threads: NCCL's kernel waits for its peers on the device
-//!   pack strided sends into the staging; copy what I send to myself
+//!   pack strided sends into the staging, which all exchanges share; copy what I send to myself
 //!   group { send and receive every message, in list order }
 //!   unpack strided receives
 //! ```
@@ -20,16 +20,17 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use longspan_dylib::{Library, Returned, table};
-use longspan_hal::{Error, Result};
+use longspan_hal::{Error, Result, Strided};
 use longspan_peers::{Fields, Member, Reader};
 
 use crate::context::Context;
 use crate::copy::{self, Job};
 use crate::driver::Handle;
-use crate::exchange::{GpuExchange, Part};
+use crate::exchange::{Draft, GpuExchange, Part};
 use crate::group::Mail;
 use crate::machine::{Machine, c_text};
 use crate::memory::Buffer;
+use crate::packing::Packing;
 use crate::peer::Round;
 use crate::sync::{Deadline, lock};
 
@@ -127,6 +128,8 @@ pub(crate) struct Comm {
     machine: &'static Machine,
     nccl: &'static Nccl,
     raw: Handle,
+    /// The staging of all exchanges.
+    pub(crate) packing: Packing,
     /// Held during calls.
     calls: Mutex<()>,
     ended: AtomicBool,
@@ -164,7 +167,14 @@ impl Comm {
         let offers = member.agree("nccl", &said)?;
         let nccl = mine.and_then(|_| machine.nccl())?;
         let raw = join(context, nccl, member, unique_id(&offers)?)?;
-        Ok(Self { machine, nccl, raw, calls: Mutex::new(()), ended: AtomicBool::new(false) })
+        Ok(Self {
+            machine,
+            nccl,
+            raw,
+            packing: Packing::default(),
+            calls: Mutex::new(()),
+            ended: AtomicBool::new(false),
+        })
     }
 
     /// Ends the communicator, all of whose rounds are through: NCCL's threads may still send what its kernels left them. Returns
@@ -219,27 +229,29 @@ impl Comm {
         for part in draft.recvs.iter().chain(sends) {
             part.buffer.used_on(on)?;
         }
-        if let Some(staging) = &draft.staging {
-            staging.used_on(on)?;
-        }
+        let staging = self.packing.turn(on, draft.staging)?;
+        let staged = |at: Option<Strided>| Some(Part { buffer: staging.clone()?, at: at? });
         let own = draft.sends_to(me).zip(draft.recvs_from(me)).map(|(s, r)| (sends[s].clone(), draft.recvs[r].clone()));
-        let packed: Vec<Part> = sends.iter().enumerate().map(|(i, send)| dense_send(exchange, i, send)).collect();
+        // A send travels as it lies if it is dense, else from its place in the staging.
+        let packed = sends.iter().zip(&draft.staged_sends);
+        let packed =
+            packed.map(|(send, at)| staged(*at).filter(|_| !send.at.is_dense()).unwrap_or_else(|| send.clone()));
+        let packed: Vec<Part> = packed.collect();
         let pack = sends.iter().cloned().zip(packed.iter().cloned()).filter(|(a, b)| !a.buffer.same(&b.buffer));
         let first: Vec<(Part, Part)> = own.chain(pack).collect();
         copy::local(on, first.iter().filter_map(|(from, to)| Job::new(from.place(), to.place())))?;
-        self.travel(round, exchange, &packed)?;
-        let unpack = draft.recvs.iter().zip(&draft.staged_recvs);
-        let unpack: Vec<_> = unpack.filter_map(|(recv, at)| Some((draft.staged(*at)?, recv.clone()))).collect();
+        let came = draft.recvs.iter().zip(&draft.staged_recvs);
+        let came: Vec<Part> = came.map(|(recv, at)| staged(*at).unwrap_or_else(|| recv.clone())).collect();
+        self.travel(round, draft, &packed, &came)?;
+        let unpack: Vec<_> = came.iter().zip(&draft.recvs).filter(|(a, b)| !a.buffer.same(&b.buffer)).collect();
         copy::local(on, unpack.iter().filter_map(|(from, to)| Job::new(from.place(), to.place())))?;
         self.healthy()
     }
 
-    fn travel(&self, round: &Round<'_>, exchange: &GpuExchange, packed: &[Part]) -> Result<()> {
-        let (draft, me) = (&exchange.draft, round.group.rank());
-        let sends = draft.to.iter().zip(packed).map(|(&to, part)| (to, part.clone()));
-        let received = |i: usize| draft.staged(draft.staged_recvs[i]).unwrap_or_else(|| draft.recvs[i].clone());
-        let recvs = draft.from.iter().enumerate().map(|(i, &from)| (from, received(i)));
-        let place = |(peer, part): (u32, Part)| (peer, part.place().0, part.at.bytes());
+    fn travel(&self, round: &Round<'_>, draft: &Draft, sends: &[Part], recvs: &[Part]) -> Result<()> {
+        let me = round.group.rank();
+        let (sends, recvs) = (draft.to.iter().zip(sends), draft.from.iter().zip(recvs));
+        let place = |(peer, part): (&u32, &Part)| (*peer, part.place().0, part.at.bytes());
         let others = |m: &(u32, u64, usize)| m.0 != me && m.2 > 0;
         self.group(round, sends.map(place).filter(others), recvs.map(place).filter(others))
     }
@@ -326,12 +338,6 @@ fn unique_id(offers: &[Vec<u8>]) -> Result<UniqueId> {
         }
     }
     first.ok_or_else(|| Error::invalid("group", "rank 0 brought no NCCL id"))
-}
-
-/// Send `i` as it travels: itself if it is dense, else its place in the staging.
-fn dense_send(exchange: &GpuExchange, i: usize, send: &Part) -> Part {
-    let staged = exchange.draft.staged(exchange.draft.staged_sends[i]);
-    staged.filter(|_| !send.at.is_dense()).unwrap_or_else(|| send.clone())
 }
 
 /// Joins on a thread of its own, since NCCL's call does not end when a peer stays away.

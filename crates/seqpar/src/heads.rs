@@ -30,11 +30,16 @@ const MOST_GROUPS: usize = 4;
 /// The least that a chosen head group moves, in bytes that leave a rank in a forward: below, links and launches take longer than
 /// what is hidden.
 const LEAST_BYTES: usize = 16 << 20;
+/// The least that an attention of a ring's head group has where its groups are chosen, in keys of all KV heads, so that it fills
+/// a device evenly, and in pairs of all query heads, so that it hides its launch.
+const LEAST_KEYS: usize = 1 << 15;
+const LEAST_PAIRS: usize = 1 << 30;
 
 /// Head groups of `problem` on `mesh` with so many query and key tokens: its own number, or one that is chosen, the same on every
 /// rank. That is one, unless an all-to-all moves enough and every rank has several whole KV heads to cut: more groups would
 /// share KV heads, whose gradients are then summed in f32 at home. Groups between the first and the last have two KV heads at
-/// least, since a kernel with fewer does not fill a device evenly.
+/// least, since a kernel with fewer does not fill a device evenly. A ring alone hides what it sends either way; two groups halve
+/// its memory where their attentions are large enough.
 pub fn head_groups(problem: &Problem, mesh: &Mesh, [q_seq, k_seq]: [usize; 2]) -> usize {
     if let Some(groups) = problem.head_groups {
         return groups;
@@ -42,6 +47,13 @@ pub fn head_groups(problem: &Problem, mesh: &Mesh, [q_seq, k_seq]: [usize; 2]) -
     let (u, n) = (mesh.ulysses() as usize, mesh.size() as usize);
     if !problem.kv_heads.is_multiple_of(u) {
         return 1;
+    }
+    if u == 1 {
+        // Half of the own keys are the smallest attention.
+        let (queries, keys) = (q_seq / n, k_seq / n / 2);
+        let fills = keys * (problem.kv_heads / 2) * problem.batch >= LEAST_KEYS;
+        let hides = (problem.heads / 2 * problem.batch).saturating_mul(queries).saturating_mul(keys) >= LEAST_PAIRS;
+        return if n > 1 && fills && hides { 2 } else { 1 };
     }
     let dims = problem.head_dim + problem.head_dim_v;
     let elements = (q_seq / n * problem.heads + k_seq / n * problem.kv_heads) * dims * problem.batch;
@@ -184,7 +196,7 @@ mod tests {
             prop_assert!((1..=MOST_GROUPS).contains(&groups));
             let one = HeadCut::new(&problem, ulysses, 1);
             prop_assert!(groups == 1 || !one.replicates() && !HeadCut::new(&problem, ulysses, groups).replicates());
-            prop_assert!(groups == 1 || ulysses > 1);
+            prop_assert!(groups == 1 || ulysses > 1 || ring > 1);
         }
 
         #[test]
@@ -208,6 +220,16 @@ mod tests {
         };
         assert_eq!([1 << 10, 1 << 13, 1 << 15].map(|seq| of([32, 8], 2, seq)), [1, 2, 3]);
         assert_eq!([of([32, 8], 4, 1 << 16), of([32, 8], 8, 1 << 17), of([24, 24], 2, 1 << 14)], [2, 1, 4]);
+    }
+
+    #[test]
+    fn a_ring_has_two_groups_that_are_large_enough() {
+        let of = |heads, ring, seq| {
+            let mesh = Mesh::new(1, ring, crate::Placement::default()).expect("not empty");
+            head_groups(&Problem::new(DType::Bf16, 1, heads, 128), &mesh, [seq, seq])
+        };
+        assert_eq!([of([32, 8], 4, 1 << 16), of([32, 8], 4, 1 << 15), of([32, 8], 1, 1 << 20)], [2, 1, 1]);
+        assert_eq!([of([24, 24], 2, 1 << 14), of([24, 24], 4, 1 << 16), of([8, 1], 2, 1 << 20)], [1, 2, 1]);
     }
 
     #[test]

@@ -87,9 +87,8 @@ impl RowsLayout {
         let mut both = || Ok([rows(plan.local_rows()[0])?, rows(p.joint)?]);
         let delta = both()?;
         let lse = if plan.gathers() { Some(both()?) } else { None };
-        let own_sum = plan.accumulates() && p.dtype != DType::F32;
         let heads = (0..plan.cut.groups()).map(|g| crate::ring_layout::q_heads(plan, g)).max().unwrap_or(0);
-        let dq = if own_sum {
+        let dq = if plan.sums_apart() {
             Some(arena.take(Place::Buffer, DType::F32, [p.batch, plan.q_block(), heads, p.head_dim])?)
         } else {
             None
@@ -190,7 +189,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Documents, Layout, Mask, Mesh, Placement, Problem, Route};
+    use crate::ulysses_layout::{Kind, SLOTS, block_extent};
+    use crate::{Coords, Documents, Layout, Mask, Mesh, Placement, Problem, Route};
 
     /// A problem with layouts, masks and meshes of every kind.
     fn plans() -> impl Strategy<Value = Vec<Plan>> {
@@ -271,6 +271,64 @@ mod tests {
                         prop_assert_eq!(r.into.place, Place::Window);
                         prop_assert!(r.into.at.is_empty() || r.into.at.byte_range().end <= layout.bytes.window, "{}", phase);
                         prop_assert!(messages.recvs[..i].iter().all(|o| !o.into.at.overlaps(&r.into.at)), "{}", phase);
+                    }
+                }
+            }
+        }
+
+        /// Tensors of head groups that hold something at the same time do not overlap.
+        #[test]
+        fn what_is_there_at_the_same_time_lies_apart(plans in plans(), backward in any::<bool>()) {
+            for plan in plans.iter().filter(|p| p.gathers()) {
+                let layout = PassLayout::new(plan, backward).expect("laid out");
+                let x = layout.gathering.as_ref().expect("it gathers");
+                let (groups, in_place) = (plan.cut.groups(), backward && plan.sums_apart());
+                let none: &[Region] = &[];
+                for g in 0..groups {
+                    let [inputs, results] = [&x.slot(g).inputs, &x.slot(g).outputs].map(Vec::as_slice);
+                    let written = if in_place { none } else { results };
+                    let next = if g + 1 < groups { &x.slot(g + 1).inputs } else { none };
+                    let (came, before) =
+                        if g > 0 { (x.packed(g - 1), x.slot(g - 1).outputs.as_slice()) } else { (none, none) };
+                    // That of the last group is not waited for.
+                    let still = if g + 1 < groups { none } else { came };
+                    // Beside the attention of `g`; beside what is sent of the group before, over which the next one is gathered
+                    // row by row; as the results of `g` are rounded and sent.
+                    for there in [
+                        [inputs, written, next, came],
+                        [inputs, written, before, came],
+                        [results, next, x.packed(g), still],
+                        [results, before, x.packed(g), still],
+                    ] {
+                        let all = there.concat();
+                        for (i, a) in all.iter().enumerate() {
+                            let meets = all[..i].iter().any(|b| a.place == b.place && a.at.overlaps(&b.at));
+                            prop_assert!(!meets, "group {} of {}: {:?} in {:?}", g, groups, a, all);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// What comes into a slot lies apart from results of its group before that are still copied: own rows from those of others.
+        #[test]
+        fn rows_of_a_slot_lie_apart(plans in plans(), backward in any::<bool>()) {
+            for plan in plans.iter().filter(|p| p.gathers() && p.cut.groups() > SLOTS) {
+                let layout = PassLayout::new(plan, backward).expect("laid out");
+                let x = layout.gathering.as_ref().expect("it gathers");
+                let rows = |kind: Kind, region: &Region, g: usize, u: u32| {
+                    let block = region.with_extent(block_extent(plan, kind, g)).expect("it fits");
+                    let segments = kind.rows(plan).segments(Coords { ulysses: u, ..plan.at });
+                    segments.map(|s| block.rows(s.block).expect("it has them"))
+                };
+                for g in 0..plan.cut.groups() - SLOTS {
+                    let slot = x.slot(g);
+                    for (i, (a, b)) in slot.outputs.iter().zip(&slot.inputs).enumerate().filter(|(_, (a, b))| a.place == b.place) {
+                        let (own, others) = (plan.at.ulysses, (0..plan.mesh.ulysses()).filter(|u| *u != plan.at.ulysses));
+                        for [left, comes] in others.flat_map(|u| [[own, u], [u, own]]) {
+                            let [left, comes] = [rows(x.outputs[i], a, g, left), rows(x.inputs[i], b, g + SLOTS, comes)];
+                            prop_assert!(!left.iter().any(|a| comes.iter().any(|b| a.at.overlaps(&b.at))), "group {}", g);
+                        }
                     }
                 }
             }

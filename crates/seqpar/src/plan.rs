@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use longspan_hal::{Error, Result, Slice, Spec};
+use longspan_hal::{DType, Error, Result, Slice, Spec};
 
 use crate::heads::{HeadCut, head_groups};
 use crate::pass::PassLayout;
@@ -153,6 +153,11 @@ impl Plan {
     /// Whether gradients are accumulated in f32 before they are rounded.
     pub(crate) fn accumulates(&self) -> bool {
         self.mesh.ring() > 1 || self.cut.replicates()
+    }
+
+    /// Whether gradients are summed in f32 memory of their own, from which they are rounded once attention is done.
+    pub(crate) fn sums_apart(&self) -> bool {
+        self.accumulates() && self.problem.dtype != DType::F32
     }
 
     /// Rows of this rank's query block.

@@ -24,7 +24,7 @@
 //! ```text
 //! transfer: gather(0)             gather(1)         give_back(0)                   gather(2)         ...
 //! compute:  -                     attention(0)                                     attention(1)      ...
-//! aside:    take(0), take(1)                        keep(0), take(2), collect(0)                     ...
+//! aside:    take(0), take(1)                        keep(0), collect(0), take(2)                     ...
 //! ```
 //!
 //! Head counts need not divide: see [`crate::heads`]. Joint tokens are a second source of rows; after the last group every
@@ -109,16 +109,20 @@ impl<B: Backend> Ulysses<B> {
         rest: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         run.order(run.compute, run.transfer)?;
-        // `packed` is free.
-        run.wait(run.transfer, copies.collected.as_ref())?;
+        // `packed` is free; that of the last group always was.
+        if g + 1 < run.plan.cut.groups() {
+            run.wait(run.transfer, copies.collected.as_ref())?;
+        }
         let gave = run.exchange(&self.give_back[g], &self.results(run, g)?)?;
         rest()?;
         run.order(run.compute, run.aside)?;
         run.aside("keep", g, || self.keep(run, g, targets))?;
-        copies.taken[g % SLOTS] = self.take(run, g + SLOTS, sources)?;
         run.wait(run.aside, Some(&gave))?;
         run.aside("collect", g, || self.collect(run, g, targets))?;
         copies.collected = Some(run.record(run.aside)?);
+        // Attention waits for this, and so for `collect`, which else could miss the time between two attentions once more, and with
+        // it hold up the next all-to-alls.
+        copies.taken[g % SLOTS] = self.take(run, g + SLOTS, sources)?;
         Ok(())
     }
 
@@ -189,8 +193,9 @@ impl<B: Backend> Ulysses<B> {
         let plan = run.plan;
         for (i, kind) in self.layout.outputs.iter().enumerate() {
             let (places, heads) = packed_heads(plan, g, *kind);
-            let [batch, rows, _, dim] = self.layout.packed[i].at.extent();
-            let packed = run.workspace.view(&self.layout.packed[i].with_extent([batch, rows, heads, dim])?)?;
+            let packed = &self.layout.packed(g)[i];
+            let [batch, rows, _, dim] = packed.at.extent();
+            let packed = run.workspace.view(&packed.with_extent([batch, rows, heads, dim])?)?;
             let summed = self.sum(i).is_some();
             let came = places.iter().enumerate().filter(|(u, _)| summed || *u != plan.at.ulysses as usize);
             for (u, place) in came {

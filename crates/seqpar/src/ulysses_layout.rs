@@ -7,7 +7,7 @@ use longspan_hal::{DType, Result};
 use crate::heads::Which;
 use crate::message::{Messages, Recv, Send};
 use crate::rows::{Rows, Segment};
-use crate::workspace::{Arena, Place, Region};
+use crate::workspace::{Arena, Place, Region, Tensor};
 use crate::{Coords, Plan};
 
 /// One tensor that an all-to-all moves.
@@ -74,6 +74,9 @@ fn outputs(plan: &Plan, backward: bool) -> Vec<Kind> {
 /// lse and delta.
 pub(crate) const ROWS: [Kind; 2] = [Kind { which: Which::Query, dim: 1, dtype: DType::F32 }; 2];
 
+/// Which input dout is.
+const DOUT: usize = 3;
+
 /// Head groups in flight: one travels while the other computes.
 pub(crate) const SLOTS: usize = 2;
 
@@ -82,7 +85,7 @@ pub(crate) const SLOTS: usize = 2;
 pub(crate) struct Slot {
     /// Gathered blocks, in the window.
     pub inputs: Vec<Region>,
-    /// Results of the block, in the buffer.
+    /// Results of the block, in the buffer or in place of inputs.
     pub outputs: Vec<Region>,
 }
 
@@ -106,8 +109,8 @@ pub(crate) struct Gathering {
     pub slots: Vec<Slot>,
     /// lse and delta of the block for a backward, this rank's heads of all groups, in the window.
     pub rows: Vec<Region>,
-    /// Results of the group that came back, heads packed in rank order, in the window.
-    pub packed: Vec<Region>,
+    /// Results of a group that came back, heads packed in rank order, in the window: of all groups but the last, and of the last.
+    packed: [Vec<Region>; 2],
     /// f32 sums of dk and dv over all heads, where KV heads are replicated.
     pub sums: Vec<Region>,
     pub joint: Option<Joint>,
@@ -123,18 +126,27 @@ impl Gathering {
     pub fn new(plan: &Plan, backward: bool, arena: &mut Arena) -> Result<Self> {
         let (inputs, outputs) = (inputs(plan, backward), outputs(plan, backward));
         let groups = 0..plan.cut.groups();
-        let slots = (0..groups.len().min(SLOTS)).map(|i| slot(plan, i, &inputs, &outputs, arena));
-        let slots = slots.collect::<Result<Vec<_>>>()?;
+        let batch = plan.problem.batch;
+        let last = plan.cut.groups() - 1;
+        let packing = [0..last, last..last + 1].map(|groups| {
+            let tensor = |k: &Kind| {
+                let heads = groups.clone().map(|g| packed_heads(plan, g, *k).1).max().unwrap_or(0);
+                (k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
+            };
+            outputs.iter().map(tensor).collect::<Vec<Tensor>>()
+        });
+        let sharing = Sharing { plan, backward, outputs: &outputs };
+        let slots = slots(&sharing, &inputs, &packing, arena)?;
+        let mut packed = [Vec::new(), Vec::new()];
+        for (of, i) in sharing.all_packed() {
+            let tensor = packing[of][i];
+            packed[of].push(match sharing.packed(of, i) {
+                Some((slot, input)) => slots[slot].inputs[input].tensor(tensor)?,
+                None => arena.take(Place::Window, tensor.0, tensor.1)?,
+            });
+        }
         let (rows, gather_rows) =
             if backward { gather_rows(plan, arena).map(|(r, m)| (r, Some(m)))? } else { (Vec::new(), None) };
-        let batch = plan.problem.batch;
-        let packed = outputs
-            .iter()
-            .map(|k| {
-                let heads = groups.clone().map(|g| packed_heads(plan, g, *k).1).max().unwrap_or(0);
-                arena.take(Place::Window, k.dtype, [batch, local_rows(plan, *k), heads, k.dim])
-            })
-            .collect::<Result<Vec<_>>>()?;
         let mut sums = Vec::new();
         for k in outputs.iter().filter(|k| k.summed(plan)) {
             let extent = [batch, local_rows(plan, *k), k.heads_total(plan), k.dim];
@@ -147,13 +159,19 @@ impl Gathering {
             gather(plan, &inputs, |which, u| which.of(plan.cut.of(g, u)).clone(), &blocks)
         });
         let gather = gather.collect::<Result<_>>()?;
-        let give_back = groups.map(|g| give_back(plan, g, &outputs, &packed)).collect::<Result<_>>()?;
+        let give_back = groups.map(|g| give_back(plan, g, &outputs, &packed[usize::from(g == last)]));
+        let give_back = give_back.collect::<Result<_>>()?;
         Ok(Self { inputs, outputs, slots, rows, packed, sums, joint, gather, gather_rows, give_back })
     }
 
     /// Slot of head group `g`.
     pub fn slot(&self, g: usize) -> &Slot {
         &self.slots[g % SLOTS]
+    }
+
+    /// Where results of head group `g` come back.
+    pub fn packed(&self, g: usize) -> &[Region] {
+        &self.packed[usize::from(g + 1 == self.give_back.len())]
     }
 }
 
@@ -179,20 +197,82 @@ pub(crate) fn packed_heads(plan: &Plan, g: usize, kind: Kind) -> (Vec<Range<usiz
     plan.cut.packed(g, kind.which, |u| u != own || kind.summed(plan))
 }
 
-/// Slot `i`: for the groups that use it.
-fn slot(plan: &Plan, i: usize, inputs: &[Kind], outputs: &[Kind], arena: &mut Arena) -> Result<Slot> {
-    let groups = || (i..plan.cut.groups()).step_by(SLOTS);
-    let mut largest = |kinds: &[Kind], place| {
-        kinds
-            .iter()
-            .map(|k| {
-                let mut extent = block_extent(plan, *k, 0);
-                extent[2] = groups().map(|g| k.heads(plan, g).len()).max().unwrap_or(0);
-                arena.take(place, k.dtype, extent)
-            })
-            .collect::<Result<Vec<_>>>()
+/// Which results lie in the memory of gathered inputs that nobody reads any more.
+struct Sharing<'a> {
+    plan: &'a Plan,
+    backward: bool,
+    outputs: &'a [Kind],
+}
+
+impl Sharing<'_> {
+    /// The slot in whose input `i` the result `i` of `slot` lies. Gradients rounded from sums lie in place of what they are
+    /// gradients of; others are written beside it, where the last of two groups finds the inputs of the first one read.
+    ///
+    /// In place, inputs of the slot's next group come while results of this one are still copied. Rows keep them apart, if they
+    /// lie alike: own rows are copied one after the other, and those of others arrive after they were given back.
+    fn result(&self, i: usize, slot: usize) -> Option<usize> {
+        let (plan, groups) = (self.plan, self.plan.cut.groups());
+        let kind = self.outputs.get(i).filter(|kind| !kind.summed(plan))?;
+        if self.backward && plan.sums_apart() {
+            let mut heads = (slot..groups).step_by(SLOTS).map(|g| kind.heads(plan, g).len());
+            let first = heads.next();
+            return heads.all(|n| Some(n) == first).then_some(slot);
+        }
+        (groups == 2 && slot == 1).then_some(0)
+    }
+
+    /// The slot and its input in whose memory results `i` come back, of the last group (`of` is 1) or of those before (0). The
+    /// inputs of the last group are all read by then: dq comes into dout, dk and dv into k and v where no result is there. Of two
+    /// groups the first one's dout is not gathered again either.
+    fn packed(&self, of: usize, i: usize) -> Option<(usize, usize)> {
+        let groups = self.plan.cut.groups();
+        let slot = if of == 1 { (groups - 1) % SLOTS } else { 0 };
+        let dead = self.backward && (of == 1 || groups == 2);
+        let free = || of == 1 && (0..SLOTS).all(|other| self.result(i, other) != Some(slot));
+        match i {
+            _ if !dead => None,
+            0 => Some((slot, DOUT)),
+            _ => free().then_some((slot, i)),
+        }
+    }
+
+    /// Everything that [`Sharing::packed`] is asked for.
+    fn all_packed(&self) -> impl Iterator<Item = (usize, usize)> {
+        let results = self.outputs.len();
+        (0..2).flat_map(move |of| (0..results).map(move |i| (of, i)))
+    }
+}
+
+/// The slots: each for the groups that use it, and with room for what shares their memory.
+fn slots(sharing: &Sharing<'_>, inputs: &[Kind], packing: &[Vec<Tensor>; 2], arena: &mut Arena) -> Result<Vec<Slot>> {
+    let (plan, outputs) = (sharing.plan, sharing.outputs);
+    let count = plan.cut.groups().min(SLOTS);
+    let tensor = |k: Kind, slot: usize| {
+        let mut extent = block_extent(plan, k, 0);
+        extent[2] = (slot..plan.cut.groups()).step_by(SLOTS).map(|g| k.heads(plan, g).len()).max().unwrap_or(0);
+        (k.dtype, extent)
     };
-    Ok(Slot { inputs: largest(inputs, Place::Window)?, outputs: largest(outputs, Place::Buffer)? })
+    let mut slots = Vec::with_capacity(count);
+    for slot in 0..count {
+        let inputs = inputs.iter().enumerate().map(|(i, kind)| {
+            let results = (0..count).filter(|of| sharing.result(i, *of) == Some(slot)).map(|of| tensor(outputs[i], of));
+            let packed = sharing.all_packed().filter(|(of, p)| sharing.packed(*of, *p) == Some((slot, i)));
+            let packed = packed.map(|(of, p)| packing[of][p]);
+            arena.take_shared(Place::Window, tensor(*kind, slot), &results.chain(packed).collect::<Vec<_>>())
+        });
+        slots.push(Slot { inputs: inputs.collect::<Result<_>>()?, outputs: Vec::with_capacity(outputs.len()) });
+    }
+    for slot in 0..count {
+        for (i, kind) in outputs.iter().enumerate() {
+            let (dtype, extent) = tensor(*kind, slot);
+            let region = match sharing.result(i, slot) {
+                Some(of) => slots[of].inputs[i].tensor((dtype, extent))?,
+                None => arena.take(Place::Buffer, dtype, extent)?,
+            };
+            slots[slot].outputs.push(region);
+        }
+    }
+    Ok(slots)
 }
 
 fn peers(plan: &Plan) -> impl Iterator<Item = (usize, Coords, u32)> {

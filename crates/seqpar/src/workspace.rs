@@ -49,6 +49,9 @@ pub(crate) enum Place {
     Window,
 }
 
+/// What a tensor without gaps takes memory for.
+pub(crate) type Tensor = (DType, Extent);
+
 /// A tensor without gaps in one of the two allocations.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Region {
@@ -59,8 +62,12 @@ pub(crate) struct Region {
 impl Region {
     /// The tensor of another, not larger, extent at the same start.
     pub fn with_extent(&self, extent: Extent) -> Result<Self> {
-        let size = self.at.dtype().size();
-        let at = lying(self.at.dtype(), extent).shifted(self.at.byte_range().start / size)?;
+        self.tensor((self.at.dtype(), extent))
+    }
+
+    /// Another tensor at the same start.
+    pub fn tensor(&self, (dtype, extent): Tensor) -> Result<Self> {
+        let at = lying(dtype, extent).shifted(self.at.byte_range().start / dtype.size())?;
         Ok(Self { place: self.place, at })
     }
 
@@ -90,14 +97,22 @@ pub(crate) struct Arena {
 impl Arena {
     /// A region for a tensor without gaps.
     pub fn take(&mut self, place: Place, dtype: DType, extent: Extent) -> Result<Region> {
+        self.take_shared(place, (dtype, extent), &[])
+    }
+
+    /// The region of `first`, with room for each of `others` at the same start: for tensors none of which is there when
+    /// another one is.
+    pub fn take_shared(&mut self, place: Place, first: Tensor, others: &[Tensor]) -> Result<Region> {
         let next = match place {
             Place::Buffer => &mut self.bytes.buffer,
             Place::Window => &mut self.bytes.window,
         };
-        let at = lying(dtype, extent).shifted(*next / dtype.size())?;
-        let end = at.byte_range().end.checked_next_multiple_of(ALIGN);
+        let start = Region { place, at: lying(first.0, first.1).shifted(*next / first.0.size())? };
+        let others = others.iter().map(|tensor| start.tensor(*tensor)).collect::<Result<Vec<_>>>()?;
+        let end = others.iter().fold(start.at.byte_range().end, |end, r| end.max(r.at.byte_range().end));
+        let end = end.checked_next_multiple_of(ALIGN);
         *next = end.ok_or_else(|| Error::invalid("problem", "its memory overflows the address space"))?;
-        Ok(Region { place, at })
+        Ok(start)
     }
 
     /// Bytes handed out so far.
