@@ -56,7 +56,8 @@ enum : u32 { LAST = 1 /* of a tile */, MASKED = 2 /* << group */ };
 struct Block {
     Piece piece;
     i32 query;
-    u32 flags, head, unused;
+    u32 flags, head;
+    float bias;  // see BIASED
 };
 constexpr int BLOCKS = 4;  // more than Q_STAGES
 
@@ -112,6 +113,16 @@ template <typename F> DEVICE void each_block(const Problem &p, const Work &work,
     }
 }
 
+// With FOLD, ALiBi is a bias to the dot product: this for a distance of 1.
+#define BIASED (ALIBI && FOLD)
+DEVICE float bias_of([[maybe_unused]] const Problem &p, [[maybe_unused]] u32 head) {
+#if BIASED
+    return divide_fast(-*at<const float>(p.slopes, 0, 0, p.head_first + head), p.scale);
+#else
+    return 0.0f;
+#endif
+}
+
 // ---- the copier ----
 
 struct Copier {
@@ -161,7 +172,7 @@ struct Copier {
             const int valid = piece.q_end - query;
             barrier_wait(base + FREE_Q + 8 * q, turn / Q_STAGES & 1 ^ 1);
             const u32 flags = masked(piece, key, query) | (last ? LAST : 0);
-            if (lane == 0) blocks[turn % BLOCKS] = {piece, query, flags, head, 0};
+            if (lane == 0) blocks[turn % BLOCKS] = {piece, query, flags, head, bias_of(p.call.problem, head)};
             tile_to<BLOCK_M>(base + Q_AT + q * Q_BYTES, &p.q, PANELS, query, head, batch, valid, base + FULL_Q + 8 * q);
             barrier_wait(base + FREE_O + 8 * s, turn / STAGES & 1 ^ 1);
             tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, batch, valid, base + FULL_O + 8 * s);

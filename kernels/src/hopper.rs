@@ -5,7 +5,7 @@
 
 use longspan_hal::{DType, Spec};
 
-use crate::specialize::{attention_defines, is_heavy, padded, transforms};
+use crate::specialize::{attention_defines, is_heavy, padded};
 use crate::{Source, Specialization, Target, View};
 
 /// The forward on this target, if it is one and the views allow tensor maps.
@@ -48,8 +48,8 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
     let wide = d.max(dv) > 128 || (!plain && spec.deterministic) || (many && d.max(dv) > 64);
     let queries = if d + dv == 128 && plain && !spec.deterministic { 128 } else { 64 };
     let dq = !wide && !spec.deterministic;
-    // lse and delta subtracted by products: of plain dot products, without factors in between, where lse / scale has elements.
-    let fold = !wide && !transforms(spec) && spec.dropout.is_none() && (1e-4..1e4).contains(&spec.scale.abs());
+    // lse and delta subtracted by products: where no factor comes in between and lse / scale has elements.
+    let fold = !wide && spec.softcap.is_none() && spec.dropout.is_none() && (1e-4..1e4).contains(&spec.scale);
     // Scores a block ahead, where registers allow it.
     let ahead = fold && queries == 64;
     let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq, ahead, fold };
