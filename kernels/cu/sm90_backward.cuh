@@ -34,7 +34,11 @@ constexpr u32 DS_BYTES = BLOCK_M / 64 * KEY_PANEL;         // [64 queries a pane
 constexpr u32 DQ_BOX = BLOCK_M * 128, DQ_BYTES = HEAD_DIM / 32 * DQ_BOX;  // [32 columns a box][query][column]
 constexpr u32 V_AT = K_BYTES, Q_AT = V_AT + V_BYTES, O_AT = Q_AT + Q_STAGES * Q_BYTES, DS_AT = O_AT + STAGES * O_BYTES;
 constexpr u32 DQ_AT = DS_AT + (DQ ? 2 * DS_BYTES : 0), P_AT = DQ_AT + (DQ ? DQ_BYTES : 0);
-constexpr u32 P_BYTES = BLOCK_M * 64 * 4;  // f32, in the order of accumulators; used where the groups share keys
+#if defined(IO_BF16)
+constexpr u32 P_BYTES = BLOCK_M * 64 * 2;  // in the order of accumulators; used where the groups share keys
+#else
+constexpr u32 P_BYTES = BLOCK_M * 64 * 4;
+#endif
 constexpr u32 STATS_AT = P_AT + (KEY_GROUPS < GROUPS ? 2 * P_BYTES : 0);
 constexpr u32 STATISTIC = BLOCK_M * (FOLD ? 32 : 4);  // lse of a block, then delta
 constexpr u32 FULL_KV = STATS_AT + STAGES * 2 * STATISTIC, RAW = FULL_KV + 8, FULL_DQ = RAW + 8, FREE_DQ = FULL_DQ + 8;
