@@ -31,14 +31,14 @@ KERNEL(THREADS, 1) prepare_delta(PARAMS(PrepareParams) p) {
     const u64 index = u64(blockIdx.x) * (THREADS / 8) + threadIdx.x / 8;
     const u64 count = u64(p.batch) * p.rows * p.heads;
     const u64 item = index < count ? index : count - 1;
-    const u32 head = u32(item % p.heads), row = u32(item / p.heads % p.rows), batch = u32(item / p.heads / p.rows);
-    const Element *out = at<const Element>(p.out, batch, row, head), *dout = at<const Element>(p.dout, batch, row, head);
+    const Index n = index_of(item, {p.batch, p.rows, p.heads, 1}, 1);
+    const Element *out = at<const Element>(p.out, n.batch, n.row, n.head), *dout = at<const Element>(p.dout, n.batch, n.row, n.head);
     float sum = 0.0f;
     for (int c = int(threadIdx.x % 8) * 8; c < int(p.head_dim_v); c += 64) sum += dot8(out, dout, c, p.head_dim_v);
     UNROLL for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
     if (index >= count || threadIdx.x % 8) return;
-    if (p.dlse.ptr) sum -= *at<const float>(p.dlse, batch, row, head);
-    *at<float>(p.delta, batch, row, head) = sum;
+    if (p.dlse.ptr) sum -= *at<const float>(p.dlse, n.batch, n.row, n.head);
+    *at<float>(p.delta, n.batch, n.row, n.head) = sum;
 }
 
 KERNEL(THREADS, 1) prepare_dsinks(PARAMS(PrepareParams) p) {

@@ -80,12 +80,24 @@ struct Consumer {
     // The lane, hidden from the compiler, which would otherwise keep all that follows from it in registers over the loop.
     DEVICE int here() { return int(opaque(u32(lane))); }
 
+    // ALiBi's bias, in units of the dot product. From the first distance on in f32: off by a relative 2^-23.
+    DEVICE void add_bias(Pairs &s, const Block &block) {
+        const Piece &piece = block.piece;
+        const i64 first = piece.q_pos + i64(query(block)) * piece.q_step - (piece.k_pos + i64(key()) * piece.k_step);
+        const float from[2] = {float(first), float(first - 8 * i64(piece.k_step))}, step = float(piece.q_step);
+        UNROLL for (int j = 0; j < BLOCK_M / 8; ++j)
+            UNROLL for (int e = 0; e < 4; ++e)
+                s[j][e] = fmaf(block.bias, fabsf(fmaf(float(8 * j + e % 2), step, from[e / 2])), s[j][e]);
+    }
+
     // S^T becomes P^T as it weighs dP^T: with SOFTCAP times its derivative; a pair that dropout drops has a minus.
     DEVICE void probabilities(Pairs &s, Packed &weights, const Block &block, u32 stats) {
 #if SOFTCAP
         Pairs bent;
 #endif
-#if TRANSFORM
+#if BIASED
+        add_bias(s, block);
+#elif TRANSFORM
         UNROLL for (int j = 0; j < BLOCK_M / 8; ++j)
             UNROLL for (int e = 0; e < 4; ++e) {
                 float d;
@@ -110,11 +122,12 @@ struct Consumer {
 #endif
     }
 
+    DEVICE float unit() { return BIASED ? p.problem.scale * LOG2E : score.unit; }
     // Of columns 8 first.. to 8 past.
     DEVICE void exponentials(Pairs &s, u32 stats, int first, int past) {
         UNROLL for (int j = first; j < past; ++j) {
             const float2 lse = FOLD ? float2{} : load_shared2(stats + 32 * j);
-            UNROLL for (int e = 0; e < 4; ++e) s[j][e] = exp2_fast(s[j][e] * score.unit - (e % 2 ? lse.y : lse.x));
+            UNROLL for (int e = 0; e < 4; ++e) s[j][e] = exp2_fast(s[j][e] * unit() - (e % 2 ? lse.y : lse.x));
         }
     }
 
@@ -225,7 +238,7 @@ struct Consumer {
     }
     DEVICE void weigh_block(Pairs &s, Packed &weights, u32 turn) {
         if (!FOLD) wait_statistics(turn);
-        use_head(block(turn).head);
+        if (!BIASED) use_head(block(turn).head);
         probabilities(s, weights, block(turn), statistics(turn));
     }
 
@@ -316,6 +329,7 @@ struct Consumer {
                     } else {
                         if (!FOLD) wait_statistics(turn + 1);
                         const Block &next = block(turn + 1);
+                        if (BIASED) add_bias(s, next);
                         if (next.flags & MASKED << group) mask(s, next.piece, key(), query(next));
                     }
                 }

@@ -8,9 +8,43 @@
 //         dP^T = V dout^T; dS^T = P^T (dP^T - delta); dK += dS^T Q is started
 //
 // The operands P^T and dS^T of the second products stay in registers. P^T travels in the order of accumulators, which is the
-// same in both groups; a pair that dropout drops travels with a minus.
+// same in both groups; a pair that dropout drops travels with a minus. Where elements are bf16 it travels as f16 of 2^15 P^T, off
+// by a relative 2^-12 (an eighth of what rounding dS adds), and dK gets rid of the factor.
 //
 // Macros: those of sm90_backward.cuh (BLOCK_M: 64; BLOCK_N: 64; DQ: 0), REGISTERS, PRODUCER_REGISTERS.
+
+#if defined(IO_BF16)
+constexpr float SENT = 32768.0f;
+DEVICE u32 pack_f16(float low, float high) {
+    u32 x;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high * SENT), "f"(low * SENT));
+    return x;
+}
+DEVICE void unpack_f16(u32 x, float &low, float &high) {
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(x));
+}
+// P^T of 16 columns, 8 and 8.
+DEVICE void send(u32 to, const float (&p)[2][4]) {
+    store_shared4(to, pack_f16(p[0][0], p[0][1]), pack_f16(p[0][2], p[0][3]), pack_f16(p[1][0], p[1][1]), pack_f16(p[1][2], p[1][3]));
+}
+DEVICE void receive(u32 from, float (&p)[2][4]) {
+    const float4 x = load_shared4(from);
+    const u32 pairs[4] = {__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)};
+    UNROLL for (int i = 0; i < 4; ++i) unpack_f16(pairs[i], p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
+}
+#else
+constexpr float SENT = 1.0f;
+DEVICE void send(u32 to, const float (&p)[2][4]) {
+    UNROLL for (int i = 0; i < 2; ++i)
+        store_shared4(to + i * 2048, __float_as_uint(p[i][0]), __float_as_uint(p[i][1]), __float_as_uint(p[i][2]), __float_as_uint(p[i][3]));
+}
+DEVICE void receive(u32 from, float (&p)[2][4]) {
+    UNROLL for (int i = 0; i < 2; ++i) {
+        const float4 x = load_shared4(from + i * 2048);
+        p[i][0] = x.x, p[i][1] = x.y, p[i][2] = x.z, p[i][3] = x.w;
+    }
+}
+#endif
 
 struct Group {
     const BackwardParams &p;
@@ -25,7 +59,8 @@ struct Group {
     }
 
     DEVICE int row() { return 16 * warp + lane / 4; }
-    DEVICE u32 exchange() { return base + P_AT + turn % 2 * P_BYTES + threadIdx.x % 128 * 16; }
+    // Of columns 16 i...
+    DEVICE u32 exchange(int i) { return base + P_AT + turn % 2 * P_BYTES + i * (P_BYTES / (BLOCK_M / 16)) + threadIdx.x % 128 * 16; }
 
     // S^T becomes P^T as it weighs dout, and goes to the other group as it weighs dP^T.
     DEVICE void probabilities(Pairs &s, const Block &block, const Tile &tile, const Score &score) {
@@ -49,9 +84,10 @@ struct Group {
         const Dropout dropout = dropout_of(p.problem, tile.batch, block.head);
 #endif
         barrier_wait(base + FREE_P + 8 * (turn % 2), turn / 2 & 1 ^ 1);
+        float both[2][4];
         UNROLL for (int j = 0; j < BLOCK_M / 8; ++j) {
             const float2 lse = load_shared2(stats + 32 * j);
-            float sent[4];
+            float (&sent)[4] = both[j % 2];
             UNROLL for (int e = 0; e < 4; ++e) {
                 s[j][e] = exp2_fast(s[j][e] * score.unit - (e % 2 ? lse.y : lse.x));
                 sent[e] = s[j][e];
@@ -64,8 +100,7 @@ struct Group {
                 sent[e] = keep == 0.0f ? -sent[e] : sent[e];
 #endif
             }
-            store_shared4(exchange() + j * 2048, __float_as_uint(sent[0]), __float_as_uint(sent[1]),
-                          __float_as_uint(sent[2]), __float_as_uint(sent[3]));
+            if (j % 2) send(exchange(j / 2), both);
         }
         barrier_arrive(base + FULL_P + 8 * (turn % 2));  // every lane, since every lane wrote
     }
@@ -74,10 +109,11 @@ struct Group {
     DEVICE void differences(Pairs &dp) {
         const u32 stats = base + STATS_AT + turn % STAGES * 2 * BLOCK_M * 4 + lane % 4 * 8;
         barrier_wait(base + FULL_P + 8 * (turn % 2), turn / 2 & 1);
+        float weights[2][4];
         UNROLL for (int j = 0; j < BLOCK_M / 8; ++j) {
             const float2 delta = load_shared2(stats + BLOCK_M * 4 + 32 * j);
-            const float4 weight = load_shared4(exchange() + j * 2048);
-            const float w[4] = {weight.x, weight.y, weight.z, weight.w};
+            if (j % 2 == 0) receive(exchange(j / 2), weights);
+            const float (&w)[4] = weights[j % 2];
             UNROLL for (int e = 0; e < 4; ++e) {
                 float x = dp[j][e], by = w[e];
 #if DROPOUT
@@ -176,7 +212,7 @@ struct Group {
                         [&](float (&dv)[HEAD_DIM_V / 8][4], const Tile &tile) { gather_values(dv, tile); });
     }
     DEVICE void keys() {
-        run<HEAD_DIM>(p.dk, EXACT ? HEAD_DIM : p.problem.head_dim, p.problem.scale, p.add & 1,
+        run<HEAD_DIM>(p.dk, EXACT ? HEAD_DIM : p.problem.head_dim, p.problem.scale / SENT, p.add & 1,
                       [&](float (&dk)[HEAD_DIM / 8][4], const Tile &) { gather_keys(dk); });
     }
 };

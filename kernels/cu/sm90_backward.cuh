@@ -34,7 +34,11 @@ constexpr u32 DS_BYTES = BLOCK_M / 64 * KEY_PANEL;         // [64 queries a pane
 constexpr u32 DQ_BOX = BLOCK_M * 128, DQ_BYTES = HEAD_DIM / 32 * DQ_BOX;  // [32 columns a box][query][column]
 constexpr u32 V_AT = K_BYTES, Q_AT = V_AT + V_BYTES, O_AT = Q_AT + Q_STAGES * Q_BYTES, DS_AT = O_AT + STAGES * O_BYTES;
 constexpr u32 DQ_AT = DS_AT + (DQ ? 2 * DS_BYTES : 0), P_AT = DQ_AT + (DQ ? DQ_BYTES : 0);
-constexpr u32 P_BYTES = BLOCK_M * 64 * 4;  // f32, in the order of accumulators; used where the groups share keys
+#if defined(IO_BF16)
+constexpr u32 P_BYTES = BLOCK_M * 64 * 2;  // in the order of accumulators; used where the groups share keys
+#else
+constexpr u32 P_BYTES = BLOCK_M * 64 * 4;
+#endif
 constexpr u32 STATS_AT = P_AT + (KEY_GROUPS < GROUPS ? 2 * P_BYTES : 0);
 constexpr u32 STATISTIC = BLOCK_M * (FOLD ? 32 : 4);  // lse of a block, then delta
 constexpr u32 FULL_KV = STATS_AT + STAGES * 2 * STATISTIC, RAW = FULL_KV + 8, FULL_DQ = RAW + 8, FREE_DQ = FULL_DQ + 8;
@@ -56,7 +60,8 @@ enum : u32 { LAST = 1 /* of a tile */, MASKED = 2 /* << group */ };
 struct Block {
     Piece piece;
     i32 query;
-    u32 flags, head, unused;
+    u32 flags, head;
+    float bias;  // see BIASED
 };
 constexpr int BLOCKS = 4;  // more than Q_STAGES
 
@@ -112,6 +117,16 @@ template <typename F> DEVICE void each_block(const Problem &p, const Work &work,
     }
 }
 
+// With FOLD, ALiBi is a bias to the dot product: this for a distance of 1.
+#define BIASED (ALIBI && FOLD)
+DEVICE float bias_of([[maybe_unused]] const Problem &p, [[maybe_unused]] u32 head) {
+#if BIASED
+    return divide_fast(-*at<const float>(p.slopes, 0, 0, p.head_first + head), p.scale);
+#else
+    return 0.0f;
+#endif
+}
+
 // ---- the copier ----
 
 struct Copier {
@@ -161,7 +176,7 @@ struct Copier {
             const int valid = piece.q_end - query;
             barrier_wait(base + FREE_Q + 8 * q, turn / Q_STAGES & 1 ^ 1);
             const u32 flags = masked(piece, key, query) | (last ? LAST : 0);
-            if (lane == 0) blocks[turn % BLOCKS] = {piece, query, flags, head, 0};
+            if (lane == 0) blocks[turn % BLOCKS] = {piece, query, flags, head, bias_of(p.call.problem, head)};
             tile_to<BLOCK_M>(base + Q_AT + q * Q_BYTES, &p.q, PANELS, query, head, batch, valid, base + FULL_Q + 8 * q);
             barrier_wait(base + FREE_O + 8 * s, turn / STAGES & 1 ^ 1);
             tile_to<BLOCK_M>(base + O_AT + s * O_BYTES, &p.dout, PANELS_V, query, head, batch, valid, base + FULL_O + 8 * s);

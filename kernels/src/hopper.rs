@@ -5,7 +5,7 @@
 
 use longspan_hal::{DType, Spec};
 
-use crate::specialize::{attention_defines, is_heavy, padded, transforms};
+use crate::specialize::{attention_defines, is_heavy, padded};
 use crate::{Source, Specialization, Target, View};
 
 /// The forward on this target, if it is one and the views allow tensor maps.
@@ -48,11 +48,12 @@ pub(crate) fn backward(spec: &Spec, target: Target, view: View) -> Option<Specia
     let wide = d.max(dv) > 128 || (!plain && spec.deterministic) || (many && d.max(dv) > 64);
     let queries = if d + dv == 128 && plain && !spec.deterministic { 128 } else { 64 };
     let dq = !wide && !spec.deterministic;
-    // lse and delta subtracted by products: of plain dot products, without factors in between, where lse / scale has elements.
-    let fold = !wide && !transforms(spec) && spec.dropout.is_none() && (1e-4..1e4).contains(&spec.scale.abs());
+    // lse and delta subtracted by products: where no factor comes in between and lse / scale has elements.
+    let fold = !wide && spec.softcap.is_none() && spec.dropout.is_none() && (1e-4..1e4).contains(&spec.scale);
     // Scores a block ahead, where registers allow it.
     let ahead = fold && queries == 64;
-    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq, ahead, fold };
+    let exchanged = if spec.dtype == DType::Bf16 { 2 } else { 4 };
+    let tile = BackwardTile { keys: if wide { 64 } else { 64 * GROUPS }, queries, dq, ahead, fold, exchanged };
     let mut defines = attention_defines(spec, d, dv, true);
     defines.extend([
         format!("GRADIENT_F32={}", u32::from(spec.accumulate)),
@@ -178,6 +179,8 @@ struct BackwardTile {
     dq: bool,
     ahead: bool,
     fold: bool,
+    /// Bytes of a probability that one group gives the other, where they share keys.
+    exchanged: u32,
 }
 
 impl BackwardTile {
@@ -189,7 +192,7 @@ impl BackwardTile {
         let keys = tile_bytes(self.keys, d) + tile_bytes(self.keys, dv);
         let queries = self.q_stages() * tile_bytes(self.queries, d) + 2 * tile_bytes(self.queries, dv);
         let (ds, sums) = (2 * tile_bytes(64 * GROUPS, self.queries), 4 * self.queries * d);
-        let exchanged = if self.keys < 64 * GROUPS { 2 * 4 * 64 * self.queries } else { 0 };
+        let exchanged = if self.keys < 64 * GROUPS { 2 * self.exchanged * 64 * self.queries } else { 0 };
         let statistic = self.queries * if self.fold { 32 } else { 4 };
         let (statistics, barriers, descriptions) = (2 * 2 * statistic, 256, 4 * 72 + 2 * 40);
         keys + queries + u32::from(self.dq) * (ds + sums) + exchanged + statistics + barriers + descriptions
