@@ -4,7 +4,7 @@
 //   one resident block per multiprocessor; its warps have these roles:
 //     planner (one warp)            gets tiles of query rows from a common counter (longest first), each when the tile before
 //                                   it comes to its last block
-//     producer (one warp)           for each tile, for each block of BLOCK_N keys of the tile's pieces:
+//     producer (one warp)           for each tile, for each block of BLOCK_N or NARROW keys of the tile's pieces:
 //                                       wait until a stage is free; describe the block; start the copies of Q, K, V
 //     writer (one warp)             copies the results of a tile to the tensor, while consumers go on to the next
 //     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
@@ -42,6 +42,8 @@ struct MappedForwardParams {
 static_assert(sizeof(ForwardParams) == 416 && sizeof(MappedForwardParams) == 960, "layout");
 
 constexpr int BLOCK_M = 64 * GROUPS;
+// Keys of the last blocks of a piece, if that makes all of them full: 160 a + 128 b is any larger multiple of 32.
+constexpr int NARROW = BLOCK_N == 160 ? BLOCK_N / 5 * 4 : BLOCK_N;
 constexpr int THREADS = 128 * (GROUPS + 1);
 // A weight of 1 is rounded exactly, others are not: on data with outliers, where one weight is most of a row, following at 8 makes
 // errors 12 % larger than following always, at 3 it makes them 3 % larger and costs 0.3 % of the time.
@@ -53,7 +55,7 @@ constexpr u32 Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * KEY_PANEL, V_BYTES 
 constexpr bool BOXES = Q_STAGES > 1 && PANELS_V <= PANELS;
 constexpr u32 K_AT = Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * K_BYTES, WORDS_AT = V_AT + STAGES * V_BYTES;
 
-typedef float Scores[BLOCK_N / 8][4];
+template <int KEYS> using Scores = float[KEYS / 8][4];
 typedef float Output[HEAD_DIM_V / 8][4];
 
 // What the producer tells about a block of keys.
@@ -62,7 +64,8 @@ enum : u32 {
     LAST = 2,    // of a tile
     END = 4,     // no more work
     MASKED = 8,  // << group: not all pairs are selected
-    BLIND = 64   // << group: none is
+    BLIND = 64,  // << group: none is
+    FEW = 512    // NARROW keys
 };
 struct Block {
     Piece piece;
@@ -119,9 +122,9 @@ struct Producer {
     }
 
     // Bits of the groups that see a part of the block, or nothing of it.
-    DEVICE u32 seen(const Tile &tile, const Piece &piece, int key) {
+    DEVICE u32 seen(const Tile &tile, const Piece &piece, int key, int keys) {
         u32 flags = 0;
-        const int end = int(tile.row0 + tile.rows), last_key = key + BLOCK_N - 1;
+        const int end = int(tile.row0 + tile.rows), last_key = key + keys - 1;
         UNROLL for (int g = 0; g < GROUPS; ++g) {
             const int first = int(tile.row0) + 64 * g, last = first + 63;
             if (last_key >= piece.k1 || last_key - first > piece.hi || key - last < piece.lo) flags |= MASKED << g;
@@ -153,7 +156,7 @@ struct Producer {
     // Describes a block and copies its K, and V of the block before.
     DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
         const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
-        flags |= seen(work.tile, piece, key);
+        flags |= seen(work.tile, piece, key, flags & FEW ? NARROW : BLOCK_N);
         barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
         if (lane == 0) {
             Block &block = reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS];
@@ -181,6 +184,14 @@ struct Producer {
         if (turn > 0) values();
     }
 
+    // Whether of `left` keys NARROW come next: where no more than the last blocks are left, with which all blocks are full.
+    DEVICE bool is_narrow(int left) {
+        if (NARROW == BLOCK_N || turn == 0) return false;  // the kernel's first block is a wide one
+        constexpr int UNIT = NARROW < BLOCK_N ? BLOCK_N - NARROW : BLOCK_N, WIDE = BLOCK_N / UNIT;
+        const int units = (left + UNIT - 1) / UNIT;
+        return (WIDE - 1) * ((WIDE - 1) * units % WIDE) >= units;
+    }
+
     // For the next tile. Not before this one's last block: who asks early may get more than its share of the last tiles.
     DEVICE void ask() {
         __syncwarp();
@@ -201,13 +212,16 @@ struct Producer {
                 u32 flags = i == 0 ? FIRST : 0;
                 int key = piece.k0;
                 do {
-                    if (i + 1 >= work.tile.count && key + BLOCK_N >= end) {
+                    const bool few = is_narrow(end - key);
+                    const int next = key + (few ? NARROW : BLOCK_N);
+                    if (few) flags |= FEW;
+                    if (i + 1 >= work.tile.count && next >= end) {
                         flags |= LAST;
                         ask();
                     }
                     keys(work, piece, key, flags);
                     flags = 0;
-                    key += BLOCK_N;
+                    key = next;
                 } while (key < end);
             } while (++i < work.tile.count);
         }
@@ -298,8 +312,8 @@ struct Rows {
 #endif
 };
 
-DEVICE void transform_all(Scores &s, const Score &f, const Piece &piece, int row, int key) {
-    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+template <int KEYS> DEVICE void transform_all(Scores<KEYS> &s, const Score &f, const Piece &piece, int row, int key) {
+    UNROLL for (int j = 0; j < KEYS / 8; ++j)
         UNROLL for (int e = 0; e < 4; ++e) {
             float unused;
             s[j][e] = transform(f, piece, s[j][e], row + 8 * (e / 2), key + 8 * j + e % 2, unused);
@@ -318,23 +332,23 @@ DEVICE u32 low_bits(int count, int from) {
     return n <= 0 ? 0 : n >= 32 ? 0xffffffffu : (1u << n) - 1;
 }
 
-DEVICE void mask(Scores &s, const Piece &piece, int row0, int key) {
+template <int KEYS> DEVICE void mask(Scores<KEYS> &s, const Piece &piece, int row0, int key) {
     UNROLL for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half, past = row + piece.hi + 1;
         const int above = columns_before((past < piece.k1 ? past : piece.k1) - key), below = columns_before(row + piece.lo - key);
-        UNROLL for (int word = 0; word < BLOCK_N / 4; word += 32) {
+        UNROLL for (int word = 0; word < KEYS / 4; word += 32) {
             const u32 seen = low_bits(above, word) & ~low_bits(below, word);
-            UNROLL for (int i = word; i < BLOCK_N / 4 && i < word + 32; ++i)
+            UNROLL for (int i = word; i < KEYS / 4 && i < word + 32; ++i)
                 if (!(seen & 1u << (i - word))) s[i / 2][2 * half + i % 2] = -INFINITY_F;
         }
     }
 }
 
 // Of this lane's part of a row.
-DEVICE float part_maximum(const Scores &s, int half) {
+template <int KEYS> DEVICE float part_maximum(const Scores<KEYS> &s, int half) {
     float t[4];
     UNROLL for (int i = 0; i < 4; ++i) t[i] = maximum(s[i][2 * half], s[i][2 * half + 1]);
-    UNROLL for (int j = 4; j < BLOCK_N / 8; ++j) t[j % 4] = maximum(t[j % 4], maximum(s[j][2 * half], s[j][2 * half + 1]));
+    UNROLL for (int j = 4; j < KEYS / 8; ++j) t[j % 4] = maximum(t[j % 4], maximum(s[j][2 * half], s[j][2 * half + 1]));
     return maximum(maximum(t[0], t[1]), maximum(t[2], t[3]));
 }
 
@@ -344,10 +358,10 @@ DEVICE float row_maximum(float part) {
 }
 
 // Moves m towards the maximum of the block where a row of the warp needs it, and with it l. Returns the factors on acc.
-DEVICE float2 follow_maximum(const Scores &s, Rows &r, float unit) {
+template <int KEYS> DEVICE float2 follow_maximum(const Scores<KEYS> &s, Rows &r, float unit) {
     float part[2], by[2] = {1.0f, 1.0f};
     UNROLL for (int half = 0; half < 2; ++half) {
-        part[half] = part_maximum(s, half);
+        part[half] = part_maximum<KEYS>(s, half);
 #if PARTIAL
         r.top[half] = maximum(r.top[half], part[half]);
 #endif
@@ -375,10 +389,10 @@ DEVICE void rescale(Output &acc, float2 by) {
 }
 
 // S becomes P = exp2(S - m), and l grows.
-DEVICE void exponentials(Scores &s, Rows &r, float unit) {
+template <int KEYS> DEVICE void exponentials(Scores<KEYS> &s, Rows &r, float unit) {
     float m[2], sum[2][2] = {};
     UNROLL for (int half = 0; half < 2; ++half) m[half] = r.m[half] == -INFINITY_F ? 0.0f : r.m[half] * unit;
-    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+    UNROLL for (int j = 0; j < KEYS / 8; ++j)
         UNROLL for (int e = 0; e < 4; ++e) {
             s[j][e] = exp2_fast(s[j][e] * unit - m[e / 2]);
             sum[e / 2][e % 2] += s[j][e];
@@ -387,8 +401,8 @@ DEVICE void exponentials(Scores &s, Rows &r, float unit) {
 }
 
 #if DROPOUT
-DEVICE void drop(Scores &s, const Dropout &d, const Piece &piece, int row, int key) {
-    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+template <int KEYS> DEVICE void drop(Scores<KEYS> &s, const Dropout &d, const Piece &piece, int row, int key) {
+    UNROLL for (int j = 0; j < KEYS / 8; ++j)
         UNROLL for (int e = 0; e < 4; ++e)
             s[j][e] *= keep_factor(d, piece, row + 8 * (e / 2), key + 8 * j + e % 2);
 }
@@ -497,7 +511,7 @@ DEVICE void put_rows(u32 to, const float (&factors)[2], const Output &acc) {
 }
 
 // S = Q K^T.
-DEVICE void scores(Scores &s, u32 q, u32 k) {
+template <int KEYS> DEVICE void scores(Scores<KEYS> &s, u32 q, u32 k) {
     const Operand a = along_columns(q), b = along_columns(k);
     products_fence();
     UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
@@ -529,13 +543,13 @@ struct Consumer {
         return blocks[turn % BLOCKS];
     }
 
-    DEVICE void wait_queries(const Block &block) {
-        barrier_wait(base + FULL_Q + 8 * block.q_stage, tiles / Q_STAGES & 1);
+    DEVICE void wait_queries() {
+        barrier_wait(base + FULL_Q + 8 * (tiles % Q_STAGES), tiles / Q_STAGES & 1);
         ++tiles;
     }
 
-    DEVICE void start_scores(Scores &s, const Block &block, u32 turn) {
-        scores(s, base + block.q_stage * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
+    template <int KEYS> DEVICE void start_scores(Scores<KEYS> &s, u32 turn) {
+        scores<KEYS>(s, base + (tiles - 1) % Q_STAGES * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
     }
 
     // K may be overwritten, and at a tile's end Q, unless results go through it.
@@ -578,16 +592,16 @@ struct Consumer {
     }
 
     // S becomes P; returns the factors on acc.
-    DEVICE float2 softmax(Scores &s, const Block &block) {
+    template <int KEYS> DEVICE float2 softmax(Scores<KEYS> &s, const Block &block) {
         const int row = int(block.tile.row0) + lane_row, key = block.key + lane % 4 * 2;
 #if TRANSFORM
-        transform_all(s, score, block.piece, row, key);
+        transform_all<KEYS>(s, score, block.piece, row, key);
 #endif
-        if (block.flags & MASKED << group) mask(s, block.piece, row, key);
-        const float2 by = follow_maximum(s, rows, score.unit);
-        exponentials(s, rows, score.unit);
+        if (block.flags & MASKED << group) mask<KEYS>(s, block.piece, row, key);
+        const float2 by = follow_maximum<KEYS>(s, rows, score.unit);
+        exponentials<KEYS>(s, rows, score.unit);
 #if DROPOUT
-        drop(s, dropout_of(p.problem, block.tile.batch, block.head), block.piece, row, key);
+        drop<KEYS>(s, dropout_of(p.problem, block.tile.batch, block.head), block.piece, row, key);
 #endif
         return by;
     }
@@ -618,54 +632,68 @@ struct Consumer {
         barrier_arrive(base + FULL_O + 8 * block.q_stage);
     }
 
+    // Scores and weights of the next block, under whose softmax run the products of the last one's values.
+    template <int KEYS>
+    DEVICE void follow(Output &acc, u32 (&weights)[BLOCK_N / 16][4], const Block &block, const Block &next, u32 turn) {
+        Scores<KEYS> s;
+        start_scores<KEYS>(s, turn);
+        start_values(acc, weights, turn - 1);
+        products_wait<1>();
+        pin(s);
+        free_keys(next, turn);
+        Rows ended;
+        if (next.flags & FIRST) {
+            ended = rows;
+            start_rows(next);
+        }
+        const float2 by = softmax<KEYS>(s, next);
+        products_wait<0>(rows.l[0] + rows.l[1]);
+        pin(acc);
+        pin(weights);
+        free_values(turn - 1);
+        take_weights<KEYS>(weights, s);
+        if (next.flags & FIRST) {
+            end_tile(block, ended, acc);
+            start_sums(next, acc);
+        }
+        rescale(acc, by);
+    }
+
+    template <int KEYS> DEVICE void take_weights(u32 (&weights)[BLOCK_N / 16][4], const Scores<KEYS> &s) {
+        UNROLL for (int i = 0; i < KEYS / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+        UNROLL for (int i = KEYS / 16; i < BLOCK_N / 16; ++i) UNROLL for (int e = 0; e < 4; ++e) weights[i][e] = 0;
+    }
+
     DEVICE void run() {
         Output acc;
-        Scores s;
+        Scores<BLOCK_N> s;
         u32 weights[BLOCK_N / 16][4];
         const Block *block = &described(0);
         if (block->flags & END) {
             tell_writer(*block, 0, true);
             return;
         }
-        wait_queries(*block);
+        wait_queries();
         start_rows(*block);
         start_sums(*block, acc);
-        start_scores(s, *block, 0);
+        start_scores<BLOCK_N>(s, 0);
         products_wait<0>();
         pin(s);
         free_keys(*block, 0);
-        rescale(acc, softmax(s, *block));
-        UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+        rescale(acc, softmax<BLOCK_N>(s, *block));
+        take_weights<BLOCK_N>(weights, s);
         u32 turn = 1;
         for (;; ++turn) {
             const Block &next = described(turn);
             const u32 flags = next.flags;
             if (flags & END) break;
-            if (flags & FIRST) wait_queries(next);
+            if (flags & FIRST) wait_queries();
             pin(acc);
             pin(weights);
-            if (!(flags & BLIND << group)) {
-                start_scores(s, next, turn);
-                start_values(acc, weights, turn - 1);
-                products_wait<1>();
-                pin(s);
-                free_keys(next, turn);
-                Rows ended;
-                if (flags & FIRST) {
-                    ended = rows;
-                    start_rows(next);
-                }
-                const float2 by = softmax(s, next);
-                products_wait<0>(rows.l[0] + rows.l[1]);
-                pin(acc);
-                pin(weights);
-                free_values(turn - 1);
-                if (flags & FIRST) {
-                    end_tile(*block, ended, acc);
-                    start_sums(next, acc);
-                }
-                rescale(acc, by);
-                UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+            if (!(flags & (BLIND << group | FEW))) {
+                follow<BLOCK_N>(acc, weights, *block, next, turn);
+            } else if (!(flags & BLIND << group)) {
+                follow<NARROW>(acc, weights, *block, next, turn);
             } else {
                 start_values(acc, weights, turn - 1);
                 free_keys(next, turn);
