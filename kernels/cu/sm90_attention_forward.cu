@@ -357,16 +357,35 @@ DEVICE float row_maximum(float part) {
     return maximum(part, shuffle_xor(part, 2));
 }
 
+// At least the maximum of this lane's part of a row, and no more than that or 0: of floats as integers, whose order is that of
+// floats but among negative ones, by an instruction for two comparisons.
+template <int KEYS> DEVICE float part_bound(const Scores<KEYS> &s, int half) {
+    int t[4] = {};
+    UNROLL for (int j = 0; j < KEYS / 8; ++j)
+        t[j % 4] = max(max(t[j % 4], __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
+    return __int_as_float(max(max(t[0], t[1]), max(t[2], t[3])));
+}
+
 // Moves m towards the maximum of the block where a row of the warp needs it, and with it l. Returns the factors on acc.
-template <int KEYS> DEVICE float2 follow_maximum(const Scores<KEYS> &s, Rows &r, float unit) {
+template <int KEYS> DEVICE float2 follow_maximum(Scores<KEYS> &s, Rows &r, float unit) {
     float part[2], by[2] = {1.0f, 1.0f};
+    bool needed = false;
+    UNROLL for (int half = 0; half < 2; ++half) {
+        part[half] = part_bound<KEYS>(s, half);
+        needed |= (part[half] - r.m[half]) * unit > LAZY;
+#if PARTIAL
+        needed |= part[half] == 0.0f && r.top[half] < 0.0f;
+        r.top[half] = part[half] == 0.0f ? r.top[half] : maximum(r.top[half], part[half]);
+#endif
+    }
+    if (!any_lane(needed)) return make_float2(1.0f, 1.0f);
+    pin(s);  // or the compiler finds no registers for the products
     UNROLL for (int half = 0; half < 2; ++half) {
         part[half] = part_maximum<KEYS>(s, half);
 #if PARTIAL
         r.top[half] = maximum(r.top[half], part[half]);
 #endif
     }
-    if (!any_lane((part[0] - r.m[0]) * unit > LAZY || (part[1] - r.m[1]) * unit > LAZY)) return make_float2(1.0f, 1.0f);
     UNROLL for (int half = 0; half < 2; ++half) {
         const float top = row_maximum(part[half]);
         if ((top - r.m[half]) * unit > LAZY) {
@@ -456,6 +475,12 @@ DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int r
 }
 #endif
 
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Factors that make results of sums, and lse. Without branches, so that the two rows' chains of shuffles and divisions run side by side.
 struct Ends {
     float factor[2], lse[2];
@@ -467,8 +492,8 @@ DEVICE Ends ends_of(const ForwardParams &p, u32 head, float unit, const Rows &r)
         const float m = r.m[half] == -INFINITY_F ? -INFINITY_F : r.m[half] * unit;
         const float top = maximum(m, sink), above = top == -INFINITY_F ? 0.0f : top;
         const float by = exp2_fast(m - above), l = whole_row(r.l[half]) * by + exp2_fast(sink - above);
-        ends.factor[half] = l == 0.0f ? 0.0f : divide_fast(by, l);
-        ends.lse[half] = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        ends.factor[half] = l == 0.0f ? 0.0f : by * reciprocal_fast(l);
+        ends.lse[half] = top == -INFINITY_F ? top : (top + log2_fast(l)) * LN2;
     }
     return ends;
 }
@@ -548,8 +573,8 @@ struct Consumer {
         ++tiles;
     }
 
-    template <int KEYS> DEVICE void start_scores(Scores<KEYS> &s, u32 turn) {
-        scores<KEYS>(s, base + (tiles - 1) % Q_STAGES * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
+    template <int KEYS> DEVICE void start_scores(Scores<KEYS> &s, const Block &block, u32 turn) {
+        scores<KEYS>(s, base + (PARTIAL ? block.q_stage : (tiles - 1) % Q_STAGES) * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
     }
 
     // K may be overwritten, and at a tile's end Q, unless results go through it.
@@ -636,7 +661,7 @@ struct Consumer {
     template <int KEYS>
     DEVICE void follow(Output &acc, u32 (&weights)[BLOCK_N / 16][4], const Block &block, const Block &next, u32 turn) {
         Scores<KEYS> s;
-        start_scores<KEYS>(s, turn);
+        start_scores<KEYS>(s, next, turn);
         start_values(acc, weights, turn - 1);
         products_wait<1>();
         pin(s);
@@ -646,7 +671,7 @@ struct Consumer {
             ended = rows;
             start_rows(next);
         }
-        const float2 by = softmax<KEYS>(s, next);
+        float2 by = softmax<KEYS>(s, next);
         products_wait<0>(rows.l[0] + rows.l[1]);
         pin(acc);
         pin(weights);
@@ -655,6 +680,7 @@ struct Consumer {
         if (next.flags & FIRST) {
             end_tile(block, ended, acc);
             start_sums(next, acc);
+            if (!PARTIAL) by = make_float2(1.0f, 1.0f);  // acc is overwritten
         }
         rescale(acc, by);
     }
@@ -676,7 +702,7 @@ struct Consumer {
         wait_queries();
         start_rows(*block);
         start_sums(*block, acc);
-        start_scores<BLOCK_N>(s, 0);
+        start_scores<BLOCK_N>(s, *block, 0);
         products_wait<0>();
         pin(s);
         free_keys(*block, 0);
