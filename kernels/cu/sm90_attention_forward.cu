@@ -307,9 +307,6 @@ DEVICE void write(const MappedForwardParams &p, const Results *results, u32 base
 struct Rows {
     float m[2];  // reference maximum, in units of dot products (or log2 units with TRANSFORM)
     float l[2];  // this lane's part of the row sum
-#if PARTIAL
-    float top[2];  // true maximum
-#endif
 };
 
 template <int KEYS> DEVICE void transform_all(Scores<KEYS> &s, const Score &f, const Piece &piece, int row, int key) {
@@ -369,23 +366,11 @@ template <int KEYS> DEVICE float part_bound(const Scores<KEYS> &s, int half) {
 // Moves m towards the maximum of the block where a row of the warp needs it, and with it l. Returns the factors on acc.
 template <int KEYS> DEVICE float2 follow_maximum(Scores<KEYS> &s, Rows &r, float unit) {
     float part[2], by[2] = {1.0f, 1.0f};
-    bool needed = false;
-    UNROLL for (int half = 0; half < 2; ++half) {
-        part[half] = part_bound<KEYS>(s, half);
-        needed |= (part[half] - r.m[half]) * unit > LAZY;
-#if PARTIAL
-        needed |= part[half] == 0.0f && r.top[half] < 0.0f;
-        r.top[half] = part[half] == 0.0f ? r.top[half] : maximum(r.top[half], part[half]);
-#endif
-    }
-    if (!any_lane(needed)) return make_float2(1.0f, 1.0f);
+    bool far = false;
+    UNROLL for (int half = 0; half < 2; ++half) far |= (part_bound<KEYS>(s, half) - r.m[half]) * unit > LAZY;
+    if (!any_lane(far)) return make_float2(1.0f, 1.0f);
     pin(s);  // or the compiler finds no registers for the products
-    UNROLL for (int half = 0; half < 2; ++half) {
-        part[half] = part_maximum<KEYS>(s, half);
-#if PARTIAL
-        r.top[half] = maximum(r.top[half], part[half]);
-#endif
-    }
+    UNROLL for (int half = 0; half < 2; ++half) part[half] = part_maximum<KEYS>(s, half);
     UNROLL for (int half = 0; half < 2; ++half) {
         const float top = row_maximum(part[half]);
         if ((top - r.m[half]) * unit > LAZY) {
@@ -434,9 +419,6 @@ DEVICE void load_rows(const ForwardParams &p, const Tile &t, u32 head, int row, 
         if (i >= int(t.row0 + t.rows)) continue;
         r.m[half] = *at<const float>(p.m, t.batch, i, head) / (unit * LN2);
         r.l[half] = threadIdx.x % 4 == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
-#if PARTIAL
-        r.top[half] = r.m[half];
-#endif
     }
 }
 
@@ -460,17 +442,16 @@ DEVICE float whole_row(float x) {
 DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
     const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
     UNROLL for (int half = 0; half < 2; ++half) {
-        const float l = whole_row(r.l[half]), top = row_maximum(r.top[half]);
-        const float by = top == -INFINITY_F ? 1.0f : exp2_fast((r.m[half] - top) * unit);
+        const float l = whole_row(r.l[half]);
         const int i = row + 8 * half;
         if (i >= int(t.row0 + t.rows)) continue;
         if (quad == 0) {
-            *at<float>(p.m, t.batch, i, head) = top * (unit * LN2);
-            *at<float>(p.l, t.batch, i, head) = l * by;
+            *at<float>(p.m, t.batch, i, head) = r.m[half] * (unit * LN2);
+            *at<float>(p.l, t.batch, i, head) = l;
         }
         float *to = at<float>(p.acc, t.batch, i, head) + 2 * quad;
         UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
-            store_pair(to + 8 * j, acc[j][2 * half] * by, acc[j][2 * half + 1] * by, dim - 8 * j - 2 * quad);
+            store_pair(to + 8 * j, acc[j][2 * half], acc[j][2 * half + 1], dim - 8 * j - 2 * quad);
     }
 }
 #endif
@@ -601,9 +582,6 @@ struct Consumer {
         UNROLL for (int half = 0; half < 2; ++half) {
             rows.m[half] = -INFINITY_F;
             rows.l[half] = 0.0f;
-#if PARTIAL
-            rows.top[half] = -INFINITY_F;
-#endif
         }
 #if ALIBI
         score = score_of(p.problem, block.head);
