@@ -10,14 +10,18 @@
 //     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
 //                                       S = Q K_n^T and acc += P V_{n-1} are started       (P in registers)
 //                                       S is there: P' = exp2(S - m), l += rowsum(P')      under P V_{n-1}
-//                                       acc is there: rescale it; P = P'
+//                                       acc is there, about half way: the other half of it, while P = P'; rescale acc
 //                                       between two tiles: write (acc, m, l), or lse, and out to shared memory for the writer
+//
+// A plain block (not a tile's first, wide, seen by the whole group) has an arm of the consumers' loop for itself: what only other
+// blocks need, between its instructions, would cost 3 to 6 %.
 //
 // The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. One
 // group's exponentials run under the other's products, too; making the groups take turns in that gained nothing.
 // (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products.)
 //
-// Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows.
+// Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows. A block of NARROW
+// keys has V of BLOCK_N, the rest with weights of 0.
 //
 // A group skips the products of a block that it does not see, but adds 0 V, so that its list of blocks runs on as the others'
 // do. A tile that sees no key is one such block for all groups, whose V is all zeros.
@@ -49,6 +53,9 @@ constexpr int THREADS = 128 * (GROUPS + 1);
 // errors 12 % larger than following always, at 3 it makes them 3 % larger and costs 0.3 % of the time.
 constexpr float LAZY = 3.0f;
 constexpr int PANELS = (HEAD_DIM + 63) / 64, PANELS_V = (HEAD_DIM_V + 63) / 64;
+// Exponentials before the products under way are waited for, in units of 8 columns. Between the others weights are packed, in
+// registers that those products read. Three groups gain nothing by that.
+DEVICE constexpr int early(int keys) { return GROUPS == 3 ? keys / 8 : keys / 16; }
 constexpr u32 Q_PANEL = BLOCK_M * 128, KEY_PANEL = BLOCK_N * 128;
 constexpr u32 Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * KEY_PANEL, V_BYTES = PANELS_V * KEY_PANEL;
 // Results leave by bulk copies out of their tile's Q, which is not needed any more.
@@ -363,12 +370,18 @@ template <int KEYS> DEVICE float part_bound(const Scores<KEYS> &s, int half) {
     return __int_as_float(max(max(t[0], t[1]), max(t[2], t[3])));
 }
 
-// Moves m towards the maximum of the block where a row of the warp needs it, and with it l. Returns the factors on acc.
-template <int KEYS> DEVICE float2 follow_maximum(Scores<KEYS> &s, Rows &r, float unit) {
+// Factors on acc. `moved`, the same in all lanes: one of the warp is not 1.
+struct Factors {
+    float x, y;
+    bool moved;
+};
+
+// Moves m towards the maximum of the block where a row of the warp needs it, and with it l.
+template <int KEYS> DEVICE Factors follow_maximum(Scores<KEYS> &s, Rows &r, float unit) {
     float part[2], by[2] = {1.0f, 1.0f};
     bool far = false;
     UNROLL for (int half = 0; half < 2; ++half) far |= (part_bound<KEYS>(s, half) - r.m[half]) * unit > LAZY;
-    if (!any_lane(far)) return make_float2(1.0f, 1.0f);
+    if (!any_lane(far)) return {1.0f, 1.0f, false};
     pin(s);  // or the compiler finds no registers for the products
     UNROLL for (int half = 0; half < 2; ++half) part[half] = part_maximum<KEYS>(s, half);
     UNROLL for (int half = 0; half < 2; ++half) {
@@ -379,11 +392,11 @@ template <int KEYS> DEVICE float2 follow_maximum(Scores<KEYS> &s, Rows &r, float
             r.l[half] *= by[half];
         }
     }
-    return make_float2(by[0], by[1]);
+    return {by[0], by[1], true};
 }
 
-DEVICE void rescale(Output &acc, float2 by) {
-    if (!any_lane(by.x != 1.0f || by.y != 1.0f)) return;
+DEVICE void rescale(Output &acc, Factors by) {
+    if (!by.moved) return;
     UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) {
         acc[j][0] *= by.x;
         acc[j][1] *= by.x;
@@ -392,11 +405,11 @@ DEVICE void rescale(Output &acc, float2 by) {
     }
 }
 
-// S becomes P = exp2(S - m), and l grows.
-template <int KEYS> DEVICE void exponentials(Scores<KEYS> &s, Rows &r, float unit) {
+// S becomes P = exp2(S - m), and l grows, in columns FROM.. to TO in units of 8.
+template <int FROM, int TO, int KEYS> DEVICE void exponentials(Scores<KEYS> &s, Rows &r, float unit) {
     float m[2], sum[2][2] = {};
     UNROLL for (int half = 0; half < 2; ++half) m[half] = r.m[half] == -INFINITY_F ? 0.0f : r.m[half] * unit;
-    UNROLL for (int j = 0; j < KEYS / 8; ++j)
+    UNROLL for (int j = FROM; j < TO; ++j)
         UNROLL for (int e = 0; e < 4; ++e) {
             s[j][e] = exp2_fast(s[j][e] * unit - m[e / 2]);
             sum[e / 2][e % 2] += s[j][e];
@@ -555,7 +568,9 @@ struct Consumer {
     }
 
     template <int KEYS> DEVICE void start_scores(Scores<KEYS> &s, const Block &block, u32 turn) {
-        scores<KEYS>(s, base + (PARTIAL ? block.q_stage : (tiles - 1) % Q_STAGES) * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
+        // From the description it takes longer; with partials the compiler holds the count in no uniform register.
+        const u32 q_stage = PARTIAL ? block.q_stage : (tiles - 1) % Q_STAGES;
+        scores<KEYS>(s, base + q_stage * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
     }
 
     // K may be overwritten, and at a tile's end Q, unless results go through it.
@@ -594,19 +609,27 @@ struct Consumer {
         if (summed) load_sums(p, block.tile, block.head, int(block.tile.row0) + lane_row, acc);
     }
 
-    // S becomes P; returns the factors on acc.
-    template <int KEYS> DEVICE float2 softmax(Scores<KEYS> &s, const Block &block) {
+    // S becomes P in the first columns; returns the factors on acc.
+    template <int KEYS> DEVICE Factors start_softmax(Scores<KEYS> &s, const Block &block, u32 flags) {
         const int row = int(block.tile.row0) + lane_row, key = block.key + lane % 4 * 2;
 #if TRANSFORM
         transform_all<KEYS>(s, score, block.piece, row, key);
 #endif
-        if (block.flags & MASKED << group) mask<KEYS>(s, block.piece, row, key);
-        const float2 by = follow_maximum<KEYS>(s, rows, score.unit);
-        exponentials<KEYS>(s, rows, score.unit);
-#if DROPOUT
-        drop<KEYS>(s, dropout_of(p.problem, block.tile.batch, block.head), block.piece, row, key);
-#endif
+        if (flags & MASKED << group) mask<KEYS>(s, block.piece, row, key);
+        const Factors by = follow_maximum<KEYS>(s, rows, score.unit);
+        exponentials<0, early(KEYS), KEYS>(s, rows, score.unit);
         return by;
+    }
+
+    // And in the others.
+    template <int KEYS> DEVICE void end_softmax(Scores<KEYS> &s, u32 (&weights)[BLOCK_N / 16][4], const Block &block) {
+        exponentials<early(KEYS), KEYS / 8, KEYS>(s, rows, score.unit);
+#if DROPOUT
+        drop<KEYS>(s, dropout_of(p.problem, block.tile.batch, block.head), block.piece, int(block.tile.row0) + lane_row,
+                   block.key + lane % 4 * 2);
+#endif
+        UNROLL for (int i = 0; i < KEYS / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+        UNROLL for (int i = KEYS / 16; i < BLOCK_N / 16; ++i) UNROLL for (int e = 0; e < 4; ++e) weights[i][e] = 0;
     }
 
     DEVICE void end_tile(const Block &block, Rows &rows, Output &acc, bool end = false) {
@@ -635,37 +658,35 @@ struct Consumer {
         barrier_arrive(base + FULL_O + 8 * block.q_stage);
     }
 
-    // Scores and weights of the next block, under whose softmax run the products of the last one's values.
-    template <int KEYS>
+    // Scores and weights of the next block, under whose softmax run the products of the last one's values. A plain block is not a
+    // tile's first, and this group sees all of it.
+    template <int KEYS, bool PLAIN>
     DEVICE void follow(Output &acc, u32 (&weights)[BLOCK_N / 16][4], const Block &block, const Block &next, u32 turn) {
+        const u32 flags = PLAIN ? 0 : next.flags;
         Scores<KEYS> s;
+        if (flags & FIRST) wait_queries();
         start_scores<KEYS>(s, next, turn);
         start_values(acc, weights, turn - 1);
         products_wait<1>();
         pin(s);
         free_keys(next, turn);
         Rows ended;
-        if (next.flags & FIRST) {
+        if (flags & FIRST) {
             ended = rows;
             start_rows(next);
         }
-        float2 by = softmax<KEYS>(s, next);
+        Factors by = start_softmax<KEYS>(s, next, flags);
         products_wait<0>(rows.l[0] + rows.l[1]);
         pin(acc);
         pin(weights);
         free_values(turn - 1);
-        take_weights<KEYS>(weights, s);
-        if (next.flags & FIRST) {
+        end_softmax<KEYS>(s, weights, next);
+        if (flags & FIRST) {
             end_tile(block, ended, acc);
             start_sums(next, acc);
-            if (!PARTIAL) by = make_float2(1.0f, 1.0f);  // acc is overwritten
+            if (!PARTIAL) by = {1.0f, 1.0f, false};  // acc is overwritten
         }
         rescale(acc, by);
-    }
-
-    template <int KEYS> DEVICE void take_weights(u32 (&weights)[BLOCK_N / 16][4], const Scores<KEYS> &s) {
-        UNROLL for (int i = 0; i < KEYS / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
-        UNROLL for (int i = KEYS / 16; i < BLOCK_N / 16; ++i) UNROLL for (int e = 0; e < 4; ++e) weights[i][e] = 0;
     }
 
     DEVICE void run() {
@@ -684,21 +705,24 @@ struct Consumer {
         products_wait<0>();
         pin(s);
         free_keys(*block, 0);
-        rescale(acc, softmax<BLOCK_N>(s, *block));
-        take_weights<BLOCK_N>(weights, s);
+        const Factors by = start_softmax<BLOCK_N>(s, *block, block->flags);
+        end_softmax<BLOCK_N>(s, weights, *block);
+        rescale(acc, by);
         u32 turn = 1;
         for (;; ++turn) {
             const Block &next = described(turn);
             const u32 flags = next.flags;
             if (flags & END) break;
-            if (flags & FIRST) wait_queries();
             pin(acc);
             pin(weights);
-            if (!(flags & (BLIND << group | FEW))) {
-                follow<BLOCK_N>(acc, weights, *block, next, turn);
-            } else if (!(flags & BLIND << group)) {
-                follow<NARROW>(acc, weights, *block, next, turn);
+            if (!(flags & (FIRST | FEW | (MASKED | BLIND) << group))) {
+                follow<BLOCK_N, true>(acc, weights, *block, next, turn);
+            } else if (!(flags & (FEW | BLIND << group))) {
+                follow<BLOCK_N, false>(acc, weights, *block, next, turn);
+            } else if (NARROW < BLOCK_N && !(flags & BLIND << group)) {
+                follow<NARROW, false>(acc, weights, *block, next, turn);
             } else {
+                if (flags & FIRST) wait_queries();
                 start_values(acc, weights, turn - 1);
                 free_keys(next, turn);
                 products_wait<0>();
