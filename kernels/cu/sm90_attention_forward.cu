@@ -4,20 +4,24 @@
 //   one resident block per multiprocessor; its warps have these roles:
 //     planner (one warp)            gets tiles of query rows from a common counter (longest first), each when the tile before
 //                                   it comes to its last block
-//     producer (one warp)           for each tile, for each block of BLOCK_N keys of the tile's pieces:
+//     producer (one warp)           for each tile, for each block of BLOCK_N or NARROW keys of the tile's pieces:
 //                                       wait until a stage is free; describe the block; start the copies of Q, K, V
 //     writer (one warp)             copies the results of a tile to the tensor, while consumers go on to the next
 //     consumers (GROUPS warpgroups of 64 query rows each)     for each block n described:
 //                                       S = Q K_n^T and acc += P V_{n-1} are started       (P in registers)
 //                                       S is there: P' = exp2(S - m), l += rowsum(P')      under P V_{n-1}
-//                                       acc is there: rescale it; P = P'
+//                                       acc is there, about half way: the other half of it, while P = P'; rescale acc
 //                                       between two tiles: write (acc, m, l), or lse, and out to shared memory for the writer
+//
+// A plain block (not a tile's first, wide, seen by the whole group) has an arm of the consumers' loop for itself: what only other
+// blocks need, between its instructions, would cost 3 to 6 %.
 //
 // The list of blocks runs on over tiles, so that a tile's first product runs under the last one of the tile before. One
 // group's exponentials run under the other's products, too; making the groups take turns in that gained nothing.
 // (Shah et al., FlashAttention-3, 2024: producer and consumers, softmax under products.)
 //
-// Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows.
+// Keys past a piece's end may hold anything, so the producer waits for such a block of V and zeroes those rows. A block of NARROW
+// keys has V of BLOCK_N, the rest with weights of 0.
 //
 // A group skips the products of a block that it does not see, but adds 0 V, so that its list of blocks runs on as the others'
 // do. A tile that sees no key is one such block for all groups, whose V is all zeros.
@@ -42,18 +46,23 @@ struct MappedForwardParams {
 static_assert(sizeof(ForwardParams) == 416 && sizeof(MappedForwardParams) == 960, "layout");
 
 constexpr int BLOCK_M = 64 * GROUPS;
+// Keys of the last blocks of a piece, if that makes all of them full: 160 a + 128 b is any larger multiple of 32.
+constexpr int NARROW = BLOCK_N == 160 ? BLOCK_N / 5 * 4 : BLOCK_N;
 constexpr int THREADS = 128 * (GROUPS + 1);
 // A weight of 1 is rounded exactly, others are not: on data with outliers, where one weight is most of a row, following at 8 makes
 // errors 12 % larger than following always, at 3 it makes them 3 % larger and costs 0.3 % of the time.
 constexpr float LAZY = 3.0f;
 constexpr int PANELS = (HEAD_DIM + 63) / 64, PANELS_V = (HEAD_DIM_V + 63) / 64;
+// Exponentials before the products under way are waited for, in units of 8 columns. Between the others weights are packed, in
+// registers that those products read. Three groups gain nothing by that.
+DEVICE constexpr int early(int keys) { return GROUPS == 3 ? keys / 8 : keys / 16; }
 constexpr u32 Q_PANEL = BLOCK_M * 128, KEY_PANEL = BLOCK_N * 128;
 constexpr u32 Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * KEY_PANEL, V_BYTES = PANELS_V * KEY_PANEL;
 // Results leave by bulk copies out of their tile's Q, which is not needed any more.
 constexpr bool BOXES = Q_STAGES > 1 && PANELS_V <= PANELS;
 constexpr u32 K_AT = Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * K_BYTES, WORDS_AT = V_AT + STAGES * V_BYTES;
 
-typedef float Scores[BLOCK_N / 8][4];
+template <int KEYS> using Scores = float[KEYS / 8][4];
 typedef float Output[HEAD_DIM_V / 8][4];
 
 // What the producer tells about a block of keys.
@@ -62,7 +71,8 @@ enum : u32 {
     LAST = 2,    // of a tile
     END = 4,     // no more work
     MASKED = 8,  // << group: not all pairs are selected
-    BLIND = 64   // << group: none is
+    BLIND = 64,  // << group: none is
+    FEW = 512    // NARROW keys
 };
 struct Block {
     Piece piece;
@@ -119,9 +129,9 @@ struct Producer {
     }
 
     // Bits of the groups that see a part of the block, or nothing of it.
-    DEVICE u32 seen(const Tile &tile, const Piece &piece, int key) {
+    DEVICE u32 seen(const Tile &tile, const Piece &piece, int key, int keys) {
         u32 flags = 0;
-        const int end = int(tile.row0 + tile.rows), last_key = key + BLOCK_N - 1;
+        const int end = int(tile.row0 + tile.rows), last_key = key + keys - 1;
         UNROLL for (int g = 0; g < GROUPS; ++g) {
             const int first = int(tile.row0) + 64 * g, last = first + 63;
             if (last_key >= piece.k1 || last_key - first > piece.hi || key - last < piece.lo) flags |= MASKED << g;
@@ -153,7 +163,7 @@ struct Producer {
     // Describes a block and copies its K, and V of the block before.
     DEVICE void keys(const Work &work, const Piece &piece, int key, u32 flags) {
         const u32 s = turn % STAGES, full = base + FULL_K + 8 * s;
-        flags |= seen(work.tile, piece, key);
+        flags |= seen(work.tile, piece, key, flags & FEW ? NARROW : BLOCK_N);
         barrier_wait(base + FREE_K + 8 * s, free_parity(turn));
         if (lane == 0) {
             Block &block = reinterpret_cast<Block *>(memory + BLOCKS_AT)[turn % BLOCKS];
@@ -181,6 +191,14 @@ struct Producer {
         if (turn > 0) values();
     }
 
+    // Whether of `left` keys NARROW come next: where no more than the last blocks are left, with which all blocks are full.
+    DEVICE bool is_narrow(int left) {
+        if (NARROW == BLOCK_N || turn == 0) return false;  // the kernel's first block is a wide one
+        constexpr int UNIT = NARROW < BLOCK_N ? BLOCK_N - NARROW : BLOCK_N, WIDE = BLOCK_N / UNIT;
+        const int units = (left + UNIT - 1) / UNIT;
+        return (WIDE - 1) * ((WIDE - 1) * units % WIDE) >= units;
+    }
+
     // For the next tile. Not before this one's last block: who asks early may get more than its share of the last tiles.
     DEVICE void ask() {
         __syncwarp();
@@ -201,13 +219,16 @@ struct Producer {
                 u32 flags = i == 0 ? FIRST : 0;
                 int key = piece.k0;
                 do {
-                    if (i + 1 >= work.tile.count && key + BLOCK_N >= end) {
+                    const bool few = is_narrow(end - key);
+                    const int next = key + (few ? NARROW : BLOCK_N);
+                    if (few) flags |= FEW;
+                    if (i + 1 >= work.tile.count && next >= end) {
                         flags |= LAST;
                         ask();
                     }
                     keys(work, piece, key, flags);
                     flags = 0;
-                    key += BLOCK_N;
+                    key = next;
                 } while (key < end);
             } while (++i < work.tile.count);
         }
@@ -293,13 +314,10 @@ DEVICE void write(const MappedForwardParams &p, const Results *results, u32 base
 struct Rows {
     float m[2];  // reference maximum, in units of dot products (or log2 units with TRANSFORM)
     float l[2];  // this lane's part of the row sum
-#if PARTIAL
-    float top[2];  // true maximum
-#endif
 };
 
-DEVICE void transform_all(Scores &s, const Score &f, const Piece &piece, int row, int key) {
-    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+template <int KEYS> DEVICE void transform_all(Scores<KEYS> &s, const Score &f, const Piece &piece, int row, int key) {
+    UNROLL for (int j = 0; j < KEYS / 8; ++j)
         UNROLL for (int e = 0; e < 4; ++e) {
             float unused;
             s[j][e] = transform(f, piece, s[j][e], row + 8 * (e / 2), key + 8 * j + e % 2, unused);
@@ -318,23 +336,23 @@ DEVICE u32 low_bits(int count, int from) {
     return n <= 0 ? 0 : n >= 32 ? 0xffffffffu : (1u << n) - 1;
 }
 
-DEVICE void mask(Scores &s, const Piece &piece, int row0, int key) {
+template <int KEYS> DEVICE void mask(Scores<KEYS> &s, const Piece &piece, int row0, int key) {
     UNROLL for (int half = 0; half < 2; ++half) {
         const int row = row0 + 8 * half, past = row + piece.hi + 1;
         const int above = columns_before((past < piece.k1 ? past : piece.k1) - key), below = columns_before(row + piece.lo - key);
-        UNROLL for (int word = 0; word < BLOCK_N / 4; word += 32) {
+        UNROLL for (int word = 0; word < KEYS / 4; word += 32) {
             const u32 seen = low_bits(above, word) & ~low_bits(below, word);
-            UNROLL for (int i = word; i < BLOCK_N / 4 && i < word + 32; ++i)
+            UNROLL for (int i = word; i < KEYS / 4 && i < word + 32; ++i)
                 if (!(seen & 1u << (i - word))) s[i / 2][2 * half + i % 2] = -INFINITY_F;
         }
     }
 }
 
 // Of this lane's part of a row.
-DEVICE float part_maximum(const Scores &s, int half) {
+template <int KEYS> DEVICE float part_maximum(const Scores<KEYS> &s, int half) {
     float t[4];
     UNROLL for (int i = 0; i < 4; ++i) t[i] = maximum(s[i][2 * half], s[i][2 * half + 1]);
-    UNROLL for (int j = 4; j < BLOCK_N / 8; ++j) t[j % 4] = maximum(t[j % 4], maximum(s[j][2 * half], s[j][2 * half + 1]));
+    UNROLL for (int j = 4; j < KEYS / 8; ++j) t[j % 4] = maximum(t[j % 4], maximum(s[j][2 * half], s[j][2 * half + 1]));
     return maximum(maximum(t[0], t[1]), maximum(t[2], t[3]));
 }
 
@@ -343,16 +361,29 @@ DEVICE float row_maximum(float part) {
     return maximum(part, shuffle_xor(part, 2));
 }
 
-// Moves m towards the maximum of the block where a row of the warp needs it, and with it l. Returns the factors on acc.
-DEVICE float2 follow_maximum(const Scores &s, Rows &r, float unit) {
+// At least the maximum of this lane's part of a row, and no more than that or 0: of floats as integers, whose order is that of
+// floats but among negative ones, by an instruction for two comparisons.
+template <int KEYS> DEVICE float part_bound(const Scores<KEYS> &s, int half) {
+    int t[4] = {};
+    UNROLL for (int j = 0; j < KEYS / 8; ++j)
+        t[j % 4] = max(max(t[j % 4], __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
+    return __int_as_float(max(max(t[0], t[1]), max(t[2], t[3])));
+}
+
+// Factors on acc. `moved`, the same in all lanes: one of the warp is not 1.
+struct Factors {
+    float x, y;
+    bool moved;
+};
+
+// Moves m towards the maximum of the block where a row of the warp needs it, and with it l.
+template <int KEYS> DEVICE Factors follow_maximum(Scores<KEYS> &s, Rows &r, float unit) {
     float part[2], by[2] = {1.0f, 1.0f};
-    UNROLL for (int half = 0; half < 2; ++half) {
-        part[half] = part_maximum(s, half);
-#if PARTIAL
-        r.top[half] = maximum(r.top[half], part[half]);
-#endif
-    }
-    if (!any_lane((part[0] - r.m[0]) * unit > LAZY || (part[1] - r.m[1]) * unit > LAZY)) return make_float2(1.0f, 1.0f);
+    bool far = false;
+    UNROLL for (int half = 0; half < 2; ++half) far |= (part_bound<KEYS>(s, half) - r.m[half]) * unit > LAZY;
+    if (!any_lane(far)) return {1.0f, 1.0f, false};
+    pin(s);  // or the compiler finds no registers for the products
+    UNROLL for (int half = 0; half < 2; ++half) part[half] = part_maximum<KEYS>(s, half);
     UNROLL for (int half = 0; half < 2; ++half) {
         const float top = row_maximum(part[half]);
         if ((top - r.m[half]) * unit > LAZY) {
@@ -361,11 +392,11 @@ DEVICE float2 follow_maximum(const Scores &s, Rows &r, float unit) {
             r.l[half] *= by[half];
         }
     }
-    return make_float2(by[0], by[1]);
+    return {by[0], by[1], true};
 }
 
-DEVICE void rescale(Output &acc, float2 by) {
-    if (!any_lane(by.x != 1.0f || by.y != 1.0f)) return;
+DEVICE void rescale(Output &acc, Factors by) {
+    if (!by.moved) return;
     UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j) {
         acc[j][0] *= by.x;
         acc[j][1] *= by.x;
@@ -374,11 +405,11 @@ DEVICE void rescale(Output &acc, float2 by) {
     }
 }
 
-// S becomes P = exp2(S - m), and l grows.
-DEVICE void exponentials(Scores &s, Rows &r, float unit) {
+// S becomes P = exp2(S - m), and l grows, in columns FROM.. to TO in units of 8.
+template <int FROM, int TO, int KEYS> DEVICE void exponentials(Scores<KEYS> &s, Rows &r, float unit) {
     float m[2], sum[2][2] = {};
     UNROLL for (int half = 0; half < 2; ++half) m[half] = r.m[half] == -INFINITY_F ? 0.0f : r.m[half] * unit;
-    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+    UNROLL for (int j = FROM; j < TO; ++j)
         UNROLL for (int e = 0; e < 4; ++e) {
             s[j][e] = exp2_fast(s[j][e] * unit - m[e / 2]);
             sum[e / 2][e % 2] += s[j][e];
@@ -387,8 +418,8 @@ DEVICE void exponentials(Scores &s, Rows &r, float unit) {
 }
 
 #if DROPOUT
-DEVICE void drop(Scores &s, const Dropout &d, const Piece &piece, int row, int key) {
-    UNROLL for (int j = 0; j < BLOCK_N / 8; ++j)
+template <int KEYS> DEVICE void drop(Scores<KEYS> &s, const Dropout &d, const Piece &piece, int row, int key) {
+    UNROLL for (int j = 0; j < KEYS / 8; ++j)
         UNROLL for (int e = 0; e < 4; ++e)
             s[j][e] *= keep_factor(d, piece, row + 8 * (e / 2), key + 8 * j + e % 2);
 }
@@ -401,9 +432,6 @@ DEVICE void load_rows(const ForwardParams &p, const Tile &t, u32 head, int row, 
         if (i >= int(t.row0 + t.rows)) continue;
         r.m[half] = *at<const float>(p.m, t.batch, i, head) / (unit * LN2);
         r.l[half] = threadIdx.x % 4 == 0 ? *at<const float>(p.l, t.batch, i, head) : 0.0f;
-#if PARTIAL
-        r.top[half] = r.m[half];
-#endif
     }
 }
 
@@ -427,20 +455,25 @@ DEVICE float whole_row(float x) {
 DEVICE void store_partial(const ForwardParams &p, const Tile &t, u32 head, int row, float unit, Rows &r, Output &acc) {
     const int quad = threadIdx.x % 4, dim = EXACT ? HEAD_DIM_V : p.problem.head_dim_v;
     UNROLL for (int half = 0; half < 2; ++half) {
-        const float l = whole_row(r.l[half]), top = row_maximum(r.top[half]);
-        const float by = top == -INFINITY_F ? 1.0f : exp2_fast((r.m[half] - top) * unit);
+        const float l = whole_row(r.l[half]);
         const int i = row + 8 * half;
         if (i >= int(t.row0 + t.rows)) continue;
         if (quad == 0) {
-            *at<float>(p.m, t.batch, i, head) = top * (unit * LN2);
-            *at<float>(p.l, t.batch, i, head) = l * by;
+            *at<float>(p.m, t.batch, i, head) = r.m[half] * (unit * LN2);
+            *at<float>(p.l, t.batch, i, head) = l;
         }
         float *to = at<float>(p.acc, t.batch, i, head) + 2 * quad;
         UNROLL for (int j = 0; j < HEAD_DIM_V / 8; ++j)
-            store_pair(to + 8 * j, acc[j][2 * half] * by, acc[j][2 * half + 1] * by, dim - 8 * j - 2 * quad);
+            store_pair(to + 8 * j, acc[j][2 * half], acc[j][2 * half + 1], dim - 8 * j - 2 * quad);
     }
 }
 #endif
+
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // Factors that make results of sums, and lse. Without branches, so that the two rows' chains of shuffles and divisions run side by side.
 struct Ends {
@@ -453,8 +486,8 @@ DEVICE Ends ends_of(const ForwardParams &p, u32 head, float unit, const Rows &r)
         const float m = r.m[half] == -INFINITY_F ? -INFINITY_F : r.m[half] * unit;
         const float top = maximum(m, sink), above = top == -INFINITY_F ? 0.0f : top;
         const float by = exp2_fast(m - above), l = whole_row(r.l[half]) * by + exp2_fast(sink - above);
-        ends.factor[half] = l == 0.0f ? 0.0f : divide_fast(by, l);
-        ends.lse[half] = top == -INFINITY_F ? top : top * LN2 + __logf(l);
+        ends.factor[half] = l == 0.0f ? 0.0f : by * reciprocal_fast(l);
+        ends.lse[half] = top == -INFINITY_F ? top : (top + log2_fast(l)) * LN2;
     }
     return ends;
 }
@@ -497,7 +530,7 @@ DEVICE void put_rows(u32 to, const float (&factors)[2], const Output &acc) {
 }
 
 // S = Q K^T.
-DEVICE void scores(Scores &s, u32 q, u32 k) {
+template <int KEYS> DEVICE void scores(Scores<KEYS> &s, u32 q, u32 k) {
     const Operand a = along_columns(q), b = along_columns(k);
     products_fence();
     UNROLL for (int kk = 0; kk < HEAD_DIM / 16; ++kk)
@@ -529,13 +562,15 @@ struct Consumer {
         return blocks[turn % BLOCKS];
     }
 
-    DEVICE void wait_queries(const Block &block) {
-        barrier_wait(base + FULL_Q + 8 * block.q_stage, tiles / Q_STAGES & 1);
+    DEVICE void wait_queries() {
+        barrier_wait(base + FULL_Q + 8 * (tiles % Q_STAGES), tiles / Q_STAGES & 1);
         ++tiles;
     }
 
-    DEVICE void start_scores(Scores &s, const Block &block, u32 turn) {
-        scores(s, base + block.q_stage * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
+    template <int KEYS> DEVICE void start_scores(Scores<KEYS> &s, const Block &block, u32 turn) {
+        // From the description it takes longer; with partials the compiler holds the count in no uniform register.
+        const u32 q_stage = PARTIAL ? block.q_stage : (tiles - 1) % Q_STAGES;
+        scores<KEYS>(s, base + q_stage * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
     }
 
     // K may be overwritten, and at a tile's end Q, unless results go through it.
@@ -562,9 +597,6 @@ struct Consumer {
         UNROLL for (int half = 0; half < 2; ++half) {
             rows.m[half] = -INFINITY_F;
             rows.l[half] = 0.0f;
-#if PARTIAL
-            rows.top[half] = -INFINITY_F;
-#endif
         }
 #if ALIBI
         score = score_of(p.problem, block.head);
@@ -577,19 +609,27 @@ struct Consumer {
         if (summed) load_sums(p, block.tile, block.head, int(block.tile.row0) + lane_row, acc);
     }
 
-    // S becomes P; returns the factors on acc.
-    DEVICE float2 softmax(Scores &s, const Block &block) {
+    // S becomes P in the first columns; returns the factors on acc.
+    template <int KEYS> DEVICE Factors start_softmax(Scores<KEYS> &s, const Block &block, u32 flags) {
         const int row = int(block.tile.row0) + lane_row, key = block.key + lane % 4 * 2;
 #if TRANSFORM
-        transform_all(s, score, block.piece, row, key);
+        transform_all<KEYS>(s, score, block.piece, row, key);
 #endif
-        if (block.flags & MASKED << group) mask(s, block.piece, row, key);
-        const float2 by = follow_maximum(s, rows, score.unit);
-        exponentials(s, rows, score.unit);
-#if DROPOUT
-        drop(s, dropout_of(p.problem, block.tile.batch, block.head), block.piece, row, key);
-#endif
+        if (flags & MASKED << group) mask<KEYS>(s, block.piece, row, key);
+        const Factors by = follow_maximum<KEYS>(s, rows, score.unit);
+        exponentials<0, early(KEYS), KEYS>(s, rows, score.unit);
         return by;
+    }
+
+    // And in the others.
+    template <int KEYS> DEVICE void end_softmax(Scores<KEYS> &s, u32 (&weights)[BLOCK_N / 16][4], const Block &block) {
+        exponentials<early(KEYS), KEYS / 8, KEYS>(s, rows, score.unit);
+#if DROPOUT
+        drop<KEYS>(s, dropout_of(p.problem, block.tile.batch, block.head), block.piece, int(block.tile.row0) + lane_row,
+                   block.key + lane % 4 * 2);
+#endif
+        UNROLL for (int i = 0; i < KEYS / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+        UNROLL for (int i = KEYS / 16; i < BLOCK_N / 16; ++i) UNROLL for (int e = 0; e < 4; ++e) weights[i][e] = 0;
     }
 
     DEVICE void end_tile(const Block &block, Rows &rows, Output &acc, bool end = false) {
@@ -618,55 +658,71 @@ struct Consumer {
         barrier_arrive(base + FULL_O + 8 * block.q_stage);
     }
 
+    // Scores and weights of the next block, under whose softmax run the products of the last one's values. A plain block is not a
+    // tile's first, and this group sees all of it.
+    template <int KEYS, bool PLAIN>
+    DEVICE void follow(Output &acc, u32 (&weights)[BLOCK_N / 16][4], const Block &block, const Block &next, u32 turn) {
+        const u32 flags = PLAIN ? 0 : next.flags;
+        Scores<KEYS> s;
+        if (flags & FIRST) wait_queries();
+        start_scores<KEYS>(s, next, turn);
+        start_values(acc, weights, turn - 1);
+        products_wait<1>();
+        pin(s);
+        free_keys(next, turn);
+        Rows ended;
+        if (flags & FIRST) {
+            ended = rows;
+            start_rows(next);
+        }
+        Factors by = start_softmax<KEYS>(s, next, flags);
+        products_wait<0>(rows.l[0] + rows.l[1]);
+        pin(acc);
+        pin(weights);
+        free_values(turn - 1);
+        end_softmax<KEYS>(s, weights, next);
+        if (flags & FIRST) {
+            end_tile(block, ended, acc);
+            start_sums(next, acc);
+            if (!PARTIAL) by = {1.0f, 1.0f, false};  // acc is overwritten
+        }
+        rescale(acc, by);
+    }
+
     DEVICE void run() {
         Output acc;
-        Scores s;
+        Scores<BLOCK_N> s;
         u32 weights[BLOCK_N / 16][4];
         const Block *block = &described(0);
         if (block->flags & END) {
             tell_writer(*block, 0, true);
             return;
         }
-        wait_queries(*block);
+        wait_queries();
         start_rows(*block);
         start_sums(*block, acc);
-        start_scores(s, *block, 0);
+        start_scores<BLOCK_N>(s, *block, 0);
         products_wait<0>();
         pin(s);
         free_keys(*block, 0);
-        rescale(acc, softmax(s, *block));
-        UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+        const Factors by = start_softmax<BLOCK_N>(s, *block, block->flags);
+        end_softmax<BLOCK_N>(s, weights, *block);
+        rescale(acc, by);
         u32 turn = 1;
         for (;; ++turn) {
             const Block &next = described(turn);
             const u32 flags = next.flags;
             if (flags & END) break;
-            if (flags & FIRST) wait_queries(next);
             pin(acc);
             pin(weights);
-            if (!(flags & BLIND << group)) {
-                start_scores(s, next, turn);
-                start_values(acc, weights, turn - 1);
-                products_wait<1>();
-                pin(s);
-                free_keys(next, turn);
-                Rows ended;
-                if (flags & FIRST) {
-                    ended = rows;
-                    start_rows(next);
-                }
-                const float2 by = softmax(s, next);
-                products_wait<0>(rows.l[0] + rows.l[1]);
-                pin(acc);
-                pin(weights);
-                free_values(turn - 1);
-                if (flags & FIRST) {
-                    end_tile(*block, ended, acc);
-                    start_sums(next, acc);
-                }
-                rescale(acc, by);
-                UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(weights[i], s[2 * i], s[2 * i + 1]);
+            if (!(flags & (FIRST | FEW | (MASKED | BLIND) << group))) {
+                follow<BLOCK_N, true>(acc, weights, *block, next, turn);
+            } else if (!(flags & (FEW | BLIND << group))) {
+                follow<BLOCK_N, false>(acc, weights, *block, next, turn);
+            } else if (NARROW < BLOCK_N && !(flags & BLIND << group)) {
+                follow<NARROW, false>(acc, weights, *block, next, turn);
             } else {
+                if (flags & FIRST) wait_queries();
                 start_values(acc, weights, turn - 1);
                 free_keys(next, turn);
                 products_wait<0>();
