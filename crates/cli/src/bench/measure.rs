@@ -112,11 +112,10 @@ impl<'a> Bencher<'a> {
     pub fn measure(&mut self, case: &Case) -> Result<(Vec<Row>, Option<Record>)> {
         self.measure_peak()?;
         // Half of it before and half after, since a device that works gets slower.
-        let half = self.args.repeat.div_ceil(2);
-        let mut alone = self.alone(case, half)?;
+        let mut alone = self.alone(case, self.args.repeat.div_ceil(2))?;
         let body = |engine: &mut dyn Engine| rank(case, self.args.repeat, self.args.trace.is_some(), engine);
         let ranks = engine::done(longspan::on_ranks_within(&self.args.backend, case.mesh(), self.limit, body)?)?;
-        let after = self.alone(case, half)?;
+        let after = if self.args.repeat > 1 { self.alone(case, self.args.repeat / 2)? } else { Vec::new() };
         alone.iter_mut().zip(after).for_each(|(times, after)| times.extend(after));
         let alone: Vec<f64> = alone.iter().map(|times| median(times)).collect();
         let passes = passes(&case.problem).iter().enumerate();
