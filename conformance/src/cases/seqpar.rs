@@ -102,7 +102,7 @@ fn case<B: Backend>(index: usize, row: &Row, random: &mut Random) -> Option<Case
     let setup = setup(row, random).ok()?;
     let (problem, mesh) = (&setup.problem, setup.mesh());
     let (u, r) = (mesh.ulysses(), mesh.ring());
-    let groups = head_groups(problem, mesh, [setup.q.seq(), setup.k.seq()]);
+    let groups = head_groups(problem, mesh, [setup.q.seq(), setup.k.seq()], &setup.mask);
     let mut words = vec![format!("u{u}r{r}"), LAYOUTS[row[2]].to_owned(), MASKS[row[3]].to_owned()];
     words.push(problem.dtype.to_string());
     let options = [

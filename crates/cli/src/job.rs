@@ -125,7 +125,7 @@ impl Job {
 
     /// Head groups of the all-to-all, given or chosen.
     pub fn head_groups(&self) -> usize {
-        head_groups(&self.problem(), self.q_layout.mesh(), [self.seq(), self.k_layout.seq()])
+        head_groups(&self.problem(), self.q_layout.mesh(), [self.seq(), self.k_layout.seq()], &self.mask)
     }
 
     /// Query heads per KV head.

@@ -77,7 +77,7 @@ impl Plan {
         let (q, k) =
             (Rows { layout: q.clone(), joint: problem.joint }, Rows { layout: k.clone(), joint: problem.joint });
         let legs = legs(problem, &q, &k, mask, at.ring)?;
-        let groups = head_groups(problem, &mesh, [q.layout.seq(), k.layout.seq()]);
+        let groups = head_groups(problem, &mesh, [q.layout.seq(), k.layout.seq()], mask);
         Ok(Self {
             problem: problem.clone(),
             mesh,

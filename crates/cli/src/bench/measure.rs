@@ -163,7 +163,7 @@ impl<'a> Bencher<'a> {
             seq: case.seq(),
             ulysses: case.mesh().ulysses(),
             ring: case.mesh().ring(),
-            head_groups: head_groups(&case.problem, case.mesh(), [case.seq(), case.seq()]),
+            head_groups: head_groups(&case.problem, case.mesh(), [case.seq(), case.seq()], &case.mask),
             devices,
             packed: case.packed,
             pass: name(pass).to_owned(),
