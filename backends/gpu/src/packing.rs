@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use longspan_hal::{Device, Result};
+use longspan_hal::{Device, Error, Result};
 
 use crate::device::GpuDevice;
 use crate::memory::Buffer;
@@ -24,7 +24,7 @@ impl Packing {
     /// Has `bytes` from now on; by how many it grew.
     ///
     /// # Errors
-    /// [`longspan_hal::Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`]: what there was is there again, unless somebody else took it.
     pub(crate) fn grow(&self, device: &GpuDevice, bytes: usize) -> Result<usize> {
         let mut turns = lock(&self.0);
         let have = turns.memory.as_ref().map_or(0, Buffer::bytes);
@@ -33,19 +33,29 @@ impl Packing {
         }
         // Rounds that are under way keep what they were queued with.
         turns.memory = None;
-        turns.memory = Some(device.alloc(bytes)?);
-        Ok(bytes - have)
+        let larger = device.alloc(bytes);
+        turns.memory = match &larger {
+            Ok(memory) => Some(memory.clone()),
+            Err(_) if have > 0 => device.alloc(have).ok(),
+            Err(_) => None,
+        };
+        larger.map(|_| bytes - have)
     }
 
     /// The memory for a round of `bytes` that is queued on `on` next, behind all rounds before. The context is bound.
     ///
     /// # Errors
-    /// [`longspan_hal::Error::Driver`].
+    /// [`Error::Driver`]; [`Error::Invalid`] if there is none, since somebody else took it.
     pub(crate) fn turn(&self, on: &GpuStream, bytes: usize) -> Result<Option<Buffer>> {
-        let mut turns = lock(&self.0);
-        let Some(memory) = turns.memory.clone().filter(|_| bytes > 0) else {
+        if bytes == 0 {
             return Ok(None);
+        }
+        let mut turns = lock(&self.0);
+        let gone = || {
+            let why = "its packing memory was given up for a larger one that the device did not have: prepare it again";
+            Error::invalid("exchange", why)
         };
+        let memory = turns.memory.clone().ok_or_else(gone)?;
         let elsewhere = turns.last.as_ref().filter(|last| !Arc::ptr_eq(last, on.core()));
         if let Some(end) = elsewhere.and_then(|last| last.mark()) {
             on.wait(&end)?;

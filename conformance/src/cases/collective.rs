@@ -39,6 +39,7 @@ pub fn cases<B: Backend>() -> Vec<Case<B>> {
         Case::new("collective/drops-behind-its-rounds", 2, drops_behind_its_rounds),
         Case::new("collective/exchanges-interleave", 4, exchanges_interleave),
         Case::new("collective/many-rounds", 4, |r| run(r, &all_to_all(&mut r.random(), 4), 40)),
+        Case::new("collective/refuses-more-than-memory", 2, refuses_more_than_memory),
         Case::new("collective/refuses-other-views", 2, refuses_other_views),
         Case::new("collective/subgroups", 4, subgroups),
         Case::new("collective/window-sizes-differ", 3, window_sizes_differ),
@@ -198,6 +199,18 @@ fn refuses<B: Backend>(rank: &mut Rank<B>, fault: Fault) -> Result<(), Failure> 
     check_invalid("a faulty exchange", rank.collective.prepare(&ops))?;
     check(rank.read_all(&window)?.iter().all(|b| *b == 0xFF), || "a refused exchange wrote".into())?;
     run(rank, &ring(&mut rank.random(), n), 2)
+}
+
+/// A message that no device has memory for is refused everywhere, and exchanges that were prepared before work on.
+fn refuses_more_than_memory<B: Backend>(rank: &mut Rank<B>) -> Result<(), Failure> {
+    let prepared = prepare(rank, &rank.collective, &all_to_all(&mut rank.random(), rank.size()))?;
+    let before = prepared.queue(rank, &rank.collective, 0)?;
+    let huge = P2p::Send { to: 1, dtype: DType::F32, extent: [1 << 10, 1 << 20, 1 << 10, 1 << 10] };
+    let ops = if rank.index() == 0 { vec![huge] } else { Vec::new() };
+    check(rank.collective.prepare(&ops).is_err(), || "a message of 2^52 bytes was prepared".into())?;
+    let after = prepared.queue(rank, &rank.collective, 1)?;
+    prepared.check(rank, &before)?;
+    prepared.check(rank, &after)
 }
 
 /// A round with other views than prepared is refused on the spot, and the right round then works.
