@@ -295,7 +295,7 @@ struct Consumer {
             products_wait<0>();
             pin(dq);
             pin(ds);
-            arrive(FREE_K + 8 * ((turn - 1) % STAGES));
+            barrier_arrive(base + FREE_K + 8 * ((turn - 1) % STAGES));  // every lane, since every lane read the description
             UNROLL for (int i = 0; i < BLOCK_N / 16; ++i) as_a(ds[i], dp[2 * i], dp[2 * i + 1]);
         }
         pin(dq);
@@ -315,7 +315,7 @@ KERNEL(THREADS, 1) attention_backward_dq(PARAMS(MappedBackwardParams) p) {
         barrier_init(base + RAW, 1);
         UNROLL for (int i = 0; i < STAGES; ++i) {
             barrier_init(base + FULL_K + 8 * i, 1);
-            barrier_init(base + FREE_K + 8 * i, 4 * GROUPS);
+            barrier_init(base + FREE_K + 8 * i, 128 * GROUPS);
         }
         UNROLL for (int i = 0; i < V_STAGES; ++i) {
             barrier_init(base + FULL_V + 8 * i, 1);

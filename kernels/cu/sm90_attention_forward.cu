@@ -573,11 +573,11 @@ struct Consumer {
         scores<KEYS>(s, base + q_stage * Q_BYTES + group * 8192, base + K_AT + turn % STAGES * K_BYTES);
     }
 
-    // K may be overwritten, and at a tile's end Q, unless results go through it.
+    // K may be overwritten, and at a tile's end Q, unless results go through it. So may the description of the block before the
+    // last one, which every lane read: every lane arrives.
     DEVICE void free_keys(const Block &block, u32 turn) {
-        if (lane != 0) return;
         barrier_arrive(base + FREE_K + 8 * (turn % STAGES));
-        if (!BOXES && block.flags & LAST) barrier_arrive(base + FREE_Q + 8 * block.q_stage);
+        if (!BOXES && lane == 0 && block.flags & LAST) barrier_arrive(base + FREE_Q + 8 * block.q_stage);
     }
 
     // Whoever frees values waits for them first, used or not: only then the turn before is over for all.
@@ -760,7 +760,7 @@ KERNEL(THREADS, 1) attention_forward(PARAMS(MappedForwardParams) p) {
         UNROLL for (int i = 0; i < STAGES; ++i) {
             barrier_init(base + FULL_K + 8 * i, 1);
             barrier_init(base + FULL_V + 8 * i, 1);
-            barrier_init(base + FREE_K + 8 * i, 4 * GROUPS);
+            barrier_init(base + FREE_K + 8 * i, 128 * GROUPS);
             barrier_init(base + FREE_V + 8 * i, 4 * GROUPS);
         }
         UNROLL for (int i = 0; i < Q_STAGES; ++i) {
