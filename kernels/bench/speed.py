@@ -30,23 +30,31 @@ def shapes(quick):
         yield max(1, 16384 // s), 32, 8, s, 128, True
 
 
-def times(functions, most):
-    """Median seconds of each function, interleaved in random order: after a long hot kernel the clock is slower."""
+def orders(count):
+    """Orders in which each of `count` sides comes equally often right behind each other one (Williams, 1949)."""
+    zigzag = [i // 2 if i % 2 == 0 else count - 1 - i // 2 for i in range(count)]
+    rows = [[(z + i) % count for z in zigzag] for i in range(count)]
+    return rows if count % 2 == 0 else rows + [row[::-1] for row in rows]
+
+
+def times(functions, least):
+    """Median seconds of each function over at least `least` calls. What ran before sets the clock, which is slower after a hot kernel, so
+    each comes equally often right behind each other one."""
     for f in functions:
         f()
         f()
     torch.cuda.synchronize()
-    taken = [[] for _ in functions]
-    order = random.Random(most)
-    for _ in range(most):
-        for f, t in order.sample(list(zip(functions, taken)), len(functions)):
-            a, b = torch.cuda.Event(True), torch.cuda.Event(True)
-            torch.cuda._sleep(600_000)  # the queue is full before the clock starts
-            a.record()
-            f()
-            b.record()
-            torch.cuda.synchronize()
-            t.append(a.elapsed_time(b) * 1e-3)
+    taken, rows = [[] for _ in functions], orders(len(functions))
+    for _ in range(-(-least // len(rows))):
+        for row in random.Random(len(taken[0])).sample(rows, len(rows)):
+            for i in row:
+                a, b = torch.cuda.Event(True), torch.cuda.Event(True)
+                torch.cuda._sleep(600_000)  # the queue is full before the clock starts
+                a.record()
+                functions[i]()
+                b.record()
+                torch.cuda.synchronize()
+                taken[i].append(a.elapsed_time(b) * 1e-3)
     return [statistics.median(t) for t in taken]
 
 
@@ -93,9 +101,9 @@ def measure(driver, program, b, h, hk, s, d, causal):
         return result, forward_only, lambda: torch.autograd.grad(result, (tq, tk, tv), dout.transpose(1, 2), retain_graph=True)
 
     (reference, *fa2), (_, *cudnn) = peer(SDPBackend.FLASH_ATTENTION), peer(SDPBackend.CUDNN_ATTENTION)
-    forward = times([fa2[0], cudnn[0], lambda: case.forward(q, k, v, out, lse)], 8 if s < 32768 else 6)
+    forward = times([fa2[0], cudnn[0], lambda: case.forward(q, k, v, out, lse)], 8)
     error = (out.transpose(1, 2).float() - reference.float()).abs().max().item()
-    back = times([fa2[1], cudnn[1], backward, backward_fixed], 8 if s < 32768 else 6)
+    back = times([fa2[1], cudnn[1], backward, backward_fixed], 8)
     backward()
     wrong = max((a.transpose(1, 2).float() - b.float()).abs().max().item() for a, b in zip((dq, dk, dv), fa2[1]()))
     work = 4 * b * h * s * s * d * (0.5 if causal else 1) / 1e12
