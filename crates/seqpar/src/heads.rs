@@ -1,8 +1,8 @@
 //! How heads are cut over Ulysses ranks and head groups.
 //!
 //! The query heads are cut into `U` near-equal ranges in order, and the range of each Ulysses rank into `G` groups, which it
-//! computes one after the other. Groups are of whole KV heads where there are enough, and the first is among the smallest, since
-//! nothing hides its all-to-all, and then the last. Each range brings the KV heads that its query heads use. Where a KV head
+//! computes one after the other. Groups are of whole KV heads where there are enough, and the first and the last are the smallest,
+//! since nothing hides the all-to-all before the one and behind the other. Each range brings the KV heads that its query heads use. Where a KV head
 //! serves several ranges (`U > HK`, or a range straddles a cut) it is sent to each of them and its gradients are summed once, at
 //! home.
 
@@ -17,11 +17,15 @@ pub fn near_equal(n: usize, parts: usize, part: usize) -> Range<usize> {
     start..start + each + usize::from(part < rest)
 }
 
-/// `n` things cut into `groups` ranges in order; remainders go to the middle, rather behind than before it.
+/// `n` things cut into `groups` ranges in order, of which the first and the last have about half as many as each between them: the
+/// cuts are at odd multiples of `n / (2 * groups - 2)`, rounded, a half downwards.
 fn middle_heavy(n: usize, groups: usize, group: usize) -> Range<usize> {
-    let (each, rest) = (n / groups, n % groups);
-    let first = (groups - rest).div_ceil(2);
-    let start = |g: usize| g * each + g.saturating_sub(first).min(rest);
+    let parts = 2 * groups.max(2) - 2;
+    let start = |g: usize| match g {
+        0 => 0,
+        _ if g == groups => n,
+        _ => (2 * n * (2 * g - 1) + parts - 1) / (2 * parts),
+    };
     start(group)..start(group + 1)
 }
 
@@ -30,6 +34,9 @@ const MOST_GROUPS: usize = 4;
 /// The least that a chosen head group moves, in bytes that leave a rank in a forward: below, links and launches take longer than
 /// what is hidden.
 const LEAST_BYTES: usize = 16 << 20;
+/// Keys of a block from which on a backward with one KV head fills a device evenly: its tiles of keys, of which the longest has all
+/// queries, are many for every multiprocessor.
+const EVEN_KEYS: usize = 1 << 17;
 /// The least that an attention of a ring's head group has where its groups are chosen, in keys of all KV heads, so that it fills
 /// a device evenly, and in pairs of all query heads, so that it hides its launch.
 const LEAST_KEYS: usize = 1 << 15;
@@ -38,7 +45,7 @@ const LEAST_PAIRS: usize = 1 << 30;
 /// Head groups of `problem` on `mesh` with so many query and key tokens under `mask`: its own number, or one that is chosen, the same on every
 /// rank. That is one, unless an all-to-all moves enough and every rank has several whole KV heads to cut: more groups would
 /// share KV heads, whose gradients are then summed in f32 at home. Groups between the first and the last have two KV heads at
-/// least, since a kernel with fewer does not fill a device evenly; where blocks travel too, and the mask cuts tiles short, every
+/// least, unless sequences are long, since a kernel with fewer does not fill a device evenly; where blocks travel too, and the mask cuts tiles short, every
 /// group has to. A ring alone hides what it sends either way; two groups halve its memory where their attentions are large enough.
 pub fn head_groups(problem: &Problem, mesh: &Mesh, [q_seq, k_seq]: [usize; 2], mask: &Mask) -> usize {
     if let Some(groups) = problem.head_groups {
@@ -58,9 +65,10 @@ pub fn head_groups(problem: &Problem, mesh: &Mesh, [q_seq, k_seq]: [usize; 2], m
     let dims = problem.head_dim + problem.head_dim_v;
     let elements = (q_seq / n * problem.heads + k_seq / n * problem.kv_heads) * dims * problem.batch;
     let leaving = elements * problem.dtype.size() / u * (u - 1);
-    let most = (leaving / LEAST_BYTES).min(problem.kv_heads / u / 2 + 1).clamp(1, MOST_GROUPS);
-    let keys = k_seq / mesh.ring() as usize / 2 * problem.batch;
-    let fills = |groups: &usize| problem.kv_heads / u / groups * keys >= LEAST_KEYS;
+    let (each, keys) = (problem.kv_heads / u, k_seq / mesh.ring() as usize * problem.batch);
+    let filling = if keys >= EVEN_KEYS { each } else { each / 2 + 1 };
+    let most = (leaving / LEAST_BYTES).min(filling).clamp(1, MOST_GROUPS);
+    let fills = |groups: &usize| each / groups * (keys / 2) >= LEAST_KEYS;
     let even = mesh.ring() == 1 || *mask == Mask::full();
     (1..=most).rev().find(|groups| even || fills(groups)).unwrap_or(1)
 }
@@ -222,7 +230,7 @@ mod tests {
             let mesh = Mesh::new(ulysses, 1, crate::Placement::default()).expect("not empty");
             head_groups(&Problem::new(DType::Bf16, 1, heads, 128), &mesh, [seq, seq], &Mask::causal())
         };
-        assert_eq!([1 << 10, 1 << 13, 1 << 15].map(|seq| of([32, 8], 2, seq)), [1, 2, 3]);
+        assert_eq!([1 << 10, 1 << 13, 1 << 15, 1 << 17].map(|seq| of([32, 8], 2, seq)), [1, 2, 3, 4]);
         assert_eq!([of([32, 8], 4, 1 << 16), of([32, 8], 8, 1 << 17), of([24, 24], 2, 1 << 14)], [2, 1, 4]);
     }
 
@@ -246,10 +254,11 @@ mod tests {
     }
 
     #[test]
-    fn remainders_of_groups_go_to_the_middle() {
+    fn the_first_and_the_last_group_have_half_as_many() {
         let sizes = |n, groups| (0..groups).map(|g| middle_heavy(n, groups, g).len()).collect::<Vec<_>>();
-        assert_eq!([sizes(4, 3), sizes(5, 3), sizes(3, 2)], [vec![1, 2, 1], vec![1, 2, 2], vec![1, 2]]);
-        assert_eq!([sizes(5, 4), sizes(7, 4), sizes(1, 2)], [vec![1, 1, 2, 1], vec![1, 2, 2, 2], vec![0, 1]]);
+        assert_eq!([sizes(4, 3), sizes(5, 3), sizes(2, 3)], [vec![1, 2, 1], vec![1, 3, 1], vec![0, 1, 1]]);
+        assert_eq!([sizes(5, 4), sizes(6, 4), sizes(12, 4)], [vec![1, 1, 2, 1], vec![1, 2, 2, 1], vec![2, 4, 4, 2]]);
+        assert_eq!([sizes(7, 1), sizes(3, 2), sizes(1, 2)], [vec![7], vec![1, 2], vec![0, 1]]);
     }
 
     #[test]
