@@ -164,12 +164,19 @@ pub trait Engine: Debug {
     /// [`Error::Invalid`] without a prepare, with joint tokens, or `packed` with unequal head sizes; the device's own.
     fn reside(&mut self, packed: bool, extra: &Extra) -> Result<()>;
 
-    /// Collective. Runs `pass` once on what [`Engine::reside`] put there, after a barrier of all ranks; the time that it took
-    /// on this rank's device. If `traced`, [`Engine::report`] has its spans, which cost a little time.
+    /// Collective. Runs `pass` on what [`Engine::reside`] put there, after a barrier of all ranks: once uncounted and `times`
+    /// more without a break, so that the device doesn't wait for its host. The time of each on this rank's device.
     ///
     /// # Errors
     /// [`Error::Invalid`] without a reside, or for a backward that was not prepared; the device's own.
-    fn repeat(&mut self, pass: Pass, traced: bool) -> Result<Duration>;
+    fn repeat(&mut self, pass: Pass, times: u32) -> Result<Vec<Duration>>;
+
+    /// Collective. Runs `pass` once on what [`Engine::reside`] put there, after a barrier of all ranks, with events around all its
+    /// work: [`Engine::report`] has the spans.
+    ///
+    /// # Errors
+    /// As [`Engine::repeat`].
+    fn trace(&mut self, pass: Pass) -> Result<()>;
 
     /// The most that this rank's device computes, measured now.
     ///
@@ -513,8 +520,12 @@ impl<B: Backend> Engine for EngineOf<B> {
         self.put_residents(packed, extra)
     }
 
-    fn repeat(&mut self, pass: Pass, traced: bool) -> Result<Duration> {
-        self.run_again(pass, traced)
+    fn repeat(&mut self, pass: Pass, times: u32) -> Result<Vec<Duration>> {
+        self.run_again(pass, times)
+    }
+
+    fn trace(&mut self, pass: Pass) -> Result<()> {
+        self.run_traced(pass)
     }
 
     fn peak(&self, dtype: DType) -> Result<Peak> {

@@ -207,11 +207,11 @@ fn rank(case: &Case, repeat: u32, record: bool, engine: &mut dyn Engine) -> long
     engine.reside(case.packed, &extra(&case.problem))?;
     let mut figures = Vec::new();
     for &pass in passes(&case.problem) {
-        let times = (0..repeat).map(|_| engine.repeat(pass, false)).collect::<longspan::Result<_>>()?;
+        let times = engine.repeat(pass, repeat)?;
         if record {
             engine.meet()?;
         }
-        engine.repeat(pass, true)?;
+        engine.trace(pass)?;
         let (exchange, sent) = engine.report()?.total(Work::Exchange);
         let mut kernels = if pass == Pass::Backward { Vec::new() } else { engine.kernels(false) };
         if pass != Pass::Forward {
