@@ -88,6 +88,7 @@ impl<B: Backend> EngineOf<B> {
 
     /// [`crate::Engine::repeat`].
     pub(crate) fn run_again(&mut self, pass: Pass, times: u32) -> Result<Vec<Duration>> {
+        self.traces.clear();
         let (device, stream) = (&self.member.device, &self.stream);
         let waits = device.stream(Priority::Normal)?;
         self.member.collective.barrier(stream)?;
@@ -220,11 +221,11 @@ mod tests {
             let mut engine = EngineOf::new(member, vec![], DEFAULT_LIMIT)?;
             engine.prepare(&problem, [&layout, &layout], &Mask::causal())?;
             engine.put_residents(packed, &Extra::default())?;
+            engine.run_traced(Pass::Step)?;
+            assert!(!engine.report()?.spans.is_empty());
             let times = engine.run_again(Pass::Step, 3)?;
             assert!(times.len() == 3 && times.iter().all(|time| *time > Duration::ZERO), "{times:?}");
             assert!(engine.report()?.spans.is_empty());
-            engine.run_traced(Pass::Step)?;
-            assert!(!engine.report()?.spans.is_empty());
             let resident = engine.resident.as_ref().expect("put there");
             let [dq, dk, dv] = &resident.backward.as_ref().expect("prepared").gradients;
             let all = [&resident.kept.results[0], dq, dk, dv].map(|t| engine.download(t));
